@@ -1,0 +1,230 @@
+// The embedding table on the device.
+//
+// Backward: a stable radix sort brings the tokens of one id together, in token order. Blocks take
+// chunks of 32 sorted tokens (times 1024 columns), sum each run of equal ids in FP32, and add runs
+// that lie within the chunk to the table's gradient. What crosses a chunk's border goes to scratch:
+// slot 0 the share of a run that began before the chunk, slot 1 of one that begins in it and goes
+// on. A second kernel lets the chunk where such a run begins add the shares in order. One id for
+// all tokens is as fast as all different; no atomics, nothing meets the host, the same bits every
+// time.
+
+#include <algorithm>
+#include <cub/device/device_radix_sort.cuh>
+
+#include "kernels/detail/group.cuh"
+#include "kernels/elementwise.h"
+
+namespace dsv3::kernels::cuda {
+namespace {
+
+using detail::kVector;
+
+constexpr int kChunk = 32;  // sorted tokens per block
+constexpr int kThreads = 128;
+constexpr int kBatch = 4;  // rows whose loads are in flight together
+
+constexpr int64_t aligned(int64_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+/// The scratch, cut up.
+struct Scratch {
+  int32_t* tokens;      // [T] 0, 1, 2, …
+  int32_t* sorted_ids;  // [T]
+  int32_t* order;       // [T] the token of each sorted id
+  float* shares;        // [chunks, 2, D]
+  void* sort;
+  size_t sort_bytes;
+  int64_t total;
+};
+
+int id_bits(int64_t vocab) {
+  int bits = 1;
+  while (bits < 31 && (int64_t{1} << bits) < vocab) ++bits;
+  return bits;
+}
+
+void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) {
+    kernels::detail::raise_cuda("embedding_backward", "sort failed", cudaGetErrorString(error));
+  }
+}
+
+Scratch cut_scratch(void* base, int64_t num_tokens, int64_t vocab, int64_t hidden) {
+  Scratch s{};
+  auto* at = static_cast<char*>(base);
+  const auto take = [&](int64_t bytes) {
+    char* begin = at;
+    if (base != nullptr) at += aligned(bytes);
+    s.total += aligned(bytes);
+    return begin;
+  };
+  const int64_t ints = num_tokens * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t chunks = (num_tokens + kChunk - 1) / kChunk;
+  s.tokens = reinterpret_cast<int32_t*>(take(ints));
+  s.sorted_ids = reinterpret_cast<int32_t*>(take(ints));
+  s.order = reinterpret_cast<int32_t*>(take(ints));
+  s.shares = reinterpret_cast<float*>(take(chunks * 2 * hidden * sizeof(float)));
+  check_cuda(cub::DeviceRadixSort::SortPairs(nullptr, s.sort_bytes, s.tokens, s.sorted_ids,
+                                             s.tokens, s.order, static_cast<int>(num_tokens), 0,
+                                             id_bits(vocab)));
+  s.sort = take(static_cast<int64_t>(s.sort_bytes));
+  return s;
+}
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(256) forward_kernel(EmbeddingForward p) {
+  const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kVec;
+  if (column >= p.hidden) return;
+  for (int64_t t = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; t < p.num_tokens;
+       t += int64_t{gridDim.y} * blockDim.y) {
+    const int64_t id = p.ids[t];
+    float v[kVec] = {};
+    if (id >= 0 && id < p.vocab) {
+      detail::load_n<kVec>(static_cast<const T*>(p.table) + id * p.hidden + column, v);
+    }
+    detail::store_n<kVec>(static_cast<T*>(p.y) + t * p.hidden + column, v);
+  }
+}
+
+__global__ void count_up_kernel(int32_t* tokens, int64_t num_tokens) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i < num_tokens) tokens[i] = static_cast<int32_t>(i);
+}
+
+template <int kVec, typename G>
+__device__ __forceinline__ void add_to_row(G* row, const float (&sum)[kVec]) {
+  float v[kVec];
+  detail::load_n<kVec>(row, v);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) v[e] += sum[e];
+  detail::store_n<kVec>(row, v);
+}
+
+/// grid (chunks, column tiles).
+template <typename T, typename G, int kVec>
+__global__ void __launch_bounds__(kThreads) sum_chunk_kernel(EmbeddingBackward p, Scratch s) {
+  __shared__ int32_t ids[kChunk + 2];  // with one neighbour on either side, -1 beyond the ends
+  __shared__ int32_t tokens[kChunk];
+  const int64_t begin = int64_t{blockIdx.x} * kChunk;
+  const int count = static_cast<int>(min(int64_t{kChunk}, p.num_tokens - begin));
+  for (int i = threadIdx.x; i < kChunk + 2; i += kThreads) {
+    const int64_t at = begin + i - 1;
+    ids[i] = at >= 0 && at < p.num_tokens ? s.sorted_ids[at] : -1;
+    if (i < count) tokens[i] = s.order[begin + i];
+  }
+  __syncthreads();
+  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kVec;
+  if (column >= p.hidden) return;
+  const T* dy = static_cast<const T*>(p.dy) + column;
+  float* share = s.shares + int64_t{blockIdx.x} * 2 * p.hidden + column;
+  float sum[kVec] = {};
+  bool continued = ids[1] == ids[0];  // the current run began before this chunk
+  for (int first = 0; first < count; first += kBatch) {
+    float v[kBatch][kVec];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j < count) detail::load_n<kVec>(dy + int64_t{tokens[first + j]} * p.hidden, v[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j;
+      if (i >= count) break;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] += v[j][e];
+      const int32_t id = ids[i + 1];
+      const bool goes_on = ids[i + 2] == id;
+      if (goes_on && i + 1 < count) continue;
+      if (continued) {
+        detail::store_n<kVec>(share, sum);
+      } else if (goes_on) {
+        detail::store_n<kVec>(share + p.hidden, sum);
+      } else if (id >= 0 && id < p.vocab) {
+        add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
+      }
+      continued = false;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] = 0.0f;
+    }
+  }
+}
+
+/// grid (chunks, column tiles): the chunk in which a crossing run begins adds the run's shares.
+template <typename G, int kVec>
+__global__ void __launch_bounds__(kThreads) join_chunks_kernel(EmbeddingBackward p, Scratch s) {
+  const int64_t begin = int64_t{blockIdx.x} * kChunk, end = begin + kChunk;
+  if (end >= p.num_tokens) return;
+  const int32_t id = s.sorted_ids[end - 1];
+  if (s.sorted_ids[end] != id) return;
+  if (begin > 0 && s.sorted_ids[begin - 1] == id) return;  // it began earlier
+  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kVec;
+  if (column >= p.hidden || id < 0 || id >= p.vocab) return;
+  float sum[kVec], v[kVec];
+  detail::load_n<kVec>(s.shares + (blockIdx.x * int64_t{2} + 1) * p.hidden + column, sum);
+  for (int64_t at = end; at < p.num_tokens && s.sorted_ids[at] == id; at += kChunk) {
+    detail::load_n<kVec>(s.shares + at / kChunk * 2 * p.hidden + column, v);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) sum[e] += v[e];
+  }
+  add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
+}
+
+template <typename T, typename G, int kVec>
+void launch_backward(const EmbeddingBackward& p, const Scratch& s, cudaStream_t stream) {
+  const int64_t chunks = (p.num_tokens + kChunk - 1) / kChunk;
+  const int64_t tiles = (p.hidden + kThreads * kVec - 1) / (kThreads * kVec);
+  const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(tiles));
+  sum_chunk_kernel<T, G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
+  join_chunks_kernel<G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
+}
+
+}  // namespace
+
+int64_t embedding_backward_scratch(int64_t num_tokens, int64_t vocab, int64_t hidden) {
+  return cut_scratch(nullptr, num_tokens, vocab, hidden).total;
+}
+
+void embedding_forward(const EmbeddingForward& p, Stream stream) {
+  if (p.num_tokens == 0 || p.hidden == 0) return;
+  const cudaStream_t on = detail::cuda_stream(stream);
+  const bool vectorised =
+      p.hidden % kVector == 0 && detail::aligned16(p.table) && detail::aligned16(p.y);
+  const auto [grid, block] =
+      detail::row_grid(p.num_tokens, vectorised ? p.hidden / kVector : p.hidden);
+  detail::dispatch_float("embedding", p.dtype, [&, grid = grid, block = block](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (vectorised) {
+      forward_kernel<T, kVector><<<grid, block, 0, on>>>(p);
+    } else {
+      forward_kernel<T, 1><<<grid, block, 0, on>>>(p);
+    }
+  });
+  detail::check_launch("embedding");
+}
+
+void embedding_backward(const EmbeddingBackward& p, Stream stream) {
+  if (p.num_tokens == 0 || p.hidden == 0) return;
+  const cudaStream_t on = detail::cuda_stream(stream);
+  Scratch s = cut_scratch(p.scratch, p.num_tokens, p.vocab, p.hidden);
+  count_up_kernel<<<static_cast<unsigned>((p.num_tokens + 255) / 256), 256, 0, on>>>(s.tokens,
+                                                                                     p.num_tokens);
+  check_cuda(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, p.ids, s.sorted_ids, s.tokens,
+                                             s.order, static_cast<int>(p.num_tokens), 0,
+                                             id_bits(p.vocab), on));
+  const bool vectorised = p.hidden % kVector == 0 && detail::aligned16(p.dy) &&
+                          detail::aligned16(p.dtable) && detail::aligned16(s.shares);
+  detail::dispatch_float("embedding_backward", p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    detail::dispatch_float("embedding_backward", p.dtable_dtype, [&](auto* grad) {
+      using G = std::remove_pointer_t<decltype(grad)>;
+      if (vectorised) {
+        launch_backward<T, G, kVector>(p, s, on);
+      } else {
+        launch_backward<T, G, 1>(p, s, on);
+      }
+    });
+  });
+  detail::check_launch("embedding_backward");
+}
+
+}  // namespace dsv3::kernels::cuda
