@@ -1,0 +1,28 @@
+#pragma once
+
+#include "ops/weight.h"
+
+namespace dsv3::ops {
+
+/// Causal softmax attention, multi-head, over B sequences of S tokens laid end to end (T = B·S).
+/// q, k [T, H, Dqk], v [T, H, Dv] (any strides with a contiguous last dim) → [T, H, Dv] contiguous.
+/// `documents` [T] int32 or undefined: tokens attend only within their own document.
+/// `remake`, when given, returns q, k, v again in backward (selective recomputation): they are not
+/// kept.
+struct AttentionInputs {
+  at::Tensor q, k, v;
+};
+struct AttentionOptions {
+  int64_t num_sequences = 1;  // B
+  double scale = 1.0;         // on q·k before the softmax
+  at::Tensor documents;
+  std::function<AttentionInputs()> remake;
+};
+at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options);
+
+namespace reference {
+/// Builds the whole score matrix; float64-capable, differentiable.
+at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options);
+}  // namespace reference
+
+}  // namespace dsv3::ops

@@ -1,0 +1,76 @@
+#include "ops/autograd.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <memory>
+#include <utility>
+
+#include "base/error.h"
+
+namespace dsv3::ops {
+namespace {
+
+namespace autograd = torch::autograd;
+
+/// A node whose backward is a closure.
+class Operator final : public autograd::Node {
+ public:
+  Operator(const char* name, std::function<Tensors(const Tensors&)> backward)
+      : name_(name), backward_(std::move(backward)) {}
+
+  std::string name() const override { return name_; }
+
+  void release_variables() override { backward_ = nullptr; }
+
+ protected:
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    DSV3_CHECK(backward_ != nullptr, "[{}] backward ran twice through one graph", name_);
+    return backward_(grads);
+  }
+
+ private:
+  const char* name_;
+  std::function<Tensors(const Tensors&)> backward_;
+};
+
+}  // namespace
+
+struct NoRecord::Guards {
+  c10::AutoGradMode grad_mode{false};
+  at::AutoDispatchBelowADInplaceOrView below;
+};
+
+NoRecord::NoRecord() : guards_(new Guards) {}
+NoRecord::~NoRecord() {
+  delete guards_;
+}
+
+bool recording(const Tensors& inputs) {
+  if (!c10::GradMode::is_enabled()) return false;
+  for (const auto& input : inputs) {
+    if (input.defined() && input.requires_grad()) return true;
+  }
+  return false;
+}
+
+void record(const char* name, const Tensors& inputs, const Tensors& outputs,
+            std::function<Tensors(const Tensors& grads)> backward) {
+  const std::shared_ptr<Operator> node(new Operator(name, std::move(backward)),
+                                       autograd::deleteNode);
+  autograd::edge_list edges;
+  edges.reserve(inputs.size());
+  for (const auto& input : inputs) {
+    edges.push_back(input.defined() && input.requires_grad() ? autograd::impl::gradient_edge(input)
+                                                             : autograd::Edge());
+  }
+  node->set_next_edges(std::move(edges));
+  for (const auto& output : outputs) {
+    const auto number = node->add_input_metadata(output);
+    autograd::impl::set_gradient_edge(output, {node, number});
+  }
+}
+
+}  // namespace dsv3::ops
