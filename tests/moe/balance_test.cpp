@@ -1,0 +1,48 @@
+#include "moe/balance.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace dsv3 {
+namespace {
+
+const auto kFloats = at::TensorOptions(at::kFloat);
+const auto kInts = at::TensorOptions(at::kInt);
+
+TEST(Balance, BiasMovesAgainstTheLoadByTheRate) {
+  at::Tensor bias = at::tensor({0.5f, -0.25f, 0.0f, 1.0f}, kFloats);
+  update_router_bias(bias, at::tensor({10, 2, 6, 6}, kInts), 0.001);  // mean 6
+  const at::Tensor expected = at::tensor({0.499f, -0.249f, 0.0f, 1.0f}, kFloats);
+  EXPECT_TRUE(bias.allclose(expected, 0, 1e-7));
+}
+
+TEST(Balance, AnExpertWithoutTokensGainsBias) {
+  at::Tensor bias = at::zeros({3}, kFloats);
+  update_router_bias(bias, at::tensor({0, 9, 0}, kInts), 0.01);
+  EXPECT_TRUE(bias.allclose(at::tensor({0.01f, -0.01f, 0.01f}, kFloats), 0, 1e-7));
+}
+
+// Large loads: the mean must not be rounded to FP32, or equal experts would drift apart.
+TEST(Balance, EqualLargeLoadsLeaveTheBiasAlone) {
+  at::Tensor bias = at::zeros({3}, kFloats);
+  update_router_bias(bias, at::tensor({16777217, 16777217, 16777217}, kInts), 0.01);
+  EXPECT_TRUE(bias.equal(at::zeros({3}, kFloats)));
+}
+
+TEST(Balance, WrongShapeIsNamed) {
+  at::Tensor bias = at::zeros({3}, kFloats);
+  EXPECT_THROW(update_router_bias(bias, at::tensor({1, 2}, kInts), 0.01), std::invalid_argument);
+}
+
+TEST(Balance, MaxViolation) {
+  EXPECT_DOUBLE_EQ(max_violation(at::tensor({4, 4, 4, 4}, kInts)).item<double>(), 0.0);
+  EXPECT_DOUBLE_EQ(max_violation(at::tensor({8, 0, 4, 4}, kInts)).item<double>(), 1.0);
+  EXPECT_DOUBLE_EQ(max_violation(at::tensor({0, 0}, kInts)).item<double>(), 0.0);
+}
+
+}  // namespace
+}  // namespace dsv3
