@@ -1,0 +1,119 @@
+#include "optim/adamw.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+
+#include "base/error.h"
+#include "kernels/optimizer.h"
+#include "ops/autograd.h"
+#include "ops/dispatch.h"
+
+namespace dsv3 {
+namespace {
+
+at::ScalarType moment_type(DType dtype) {
+  require(dtype == DType::kF32 || dtype == DType::kBF16,
+          "optimizer.moment_dtype: {}, but moments are fp32 or bf16", name_of(dtype));
+  return dtype == DType::kF32 ? at::kFloat : at::kBFloat16;
+}
+
+/// Address of element `index` of a flat tensor; null for an undefined one.
+void* address(const at::Tensor& flat, int64_t index) {
+  if (!flat.defined()) return nullptr;
+  return static_cast<char*>(flat.data_ptr()) + index * flat.element_size();
+}
+
+}  // namespace
+
+AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
+    : buckets_(buckets), options_(options) {
+  DSV3_CHECK(!buckets_.empty(), "the optimizer needs allocated parameters");
+  const ops::NoRecord guard;
+  for (const auto& bucket : buckets_) {
+    DSV3_CHECK(bucket.grads.defined(), "the optimizer needs buckets with gradients");
+    const auto like = bucket.values.options().requires_grad(false);
+    State state;
+    state.exp_avg = at::zeros({bucket.numel()}, like.dtype(moment_type(options_.moment_dtype)));
+    state.exp_avg_sq = at::zeros({bucket.numel()}, like.dtype(moment_type(options_.moment_dtype)));
+    if (options_.master_weights && bucket.values.scalar_type() == at::kBFloat16)
+      state.master = at::empty({bucket.numel()}, like.dtype(at::kFloat));
+    states_.push_back(std::move(state));
+  }
+  const auto device = buckets_.front().values.options().requires_grad(false);
+  partials_ = at::empty({kernels::kSumOfSquaresPartials}, device.dtype(at::kDouble));
+  sums_ = at::empty({static_cast<int64_t>(buckets_.size())}, device.dtype(at::kDouble));
+  clip_factor_ = at::empty({1}, device.dtype(at::kFloat));
+  reset_masters();
+}
+
+void AdamW::reset_masters() {
+  const ops::NoRecord guard;
+  for (size_t i = 0; i < buckets_.size(); ++i)
+    if (states_[i].master.defined()) states_[i].master.copy_(buckets_[i].values);
+}
+
+GradientNorm AdamW::gradient_norm() {
+  const auto stream = ops::stream_of(sums_);
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const auto& grads = buckets_[i].grads;
+    kernels::sum_of_squares({.size = grads.numel(),
+                             .dtype = ops::dtype_of(grads, "adamw", "gradients"),
+                             .x = grads.data_ptr(),
+                             .partials = partials_.data_ptr<double>(),
+                             .result = sums_.data_ptr<double>() + i},
+                            stream);
+  }
+  GradientNorm result{at::empty({}, clip_factor_.options()),
+                      at::empty({}, clip_factor_.options().dtype(at::kInt))};
+  kernels::finish_norm({.count = static_cast<int32_t>(buckets_.size()),
+                        .sums = sums_.data_ptr<double>(),
+                        .max_norm = static_cast<float>(options_.clip),
+                        .norm = result.norm.data_ptr<float>(),
+                        .clip_factor = clip_factor_.data_ptr<float>(),
+                        .not_finite = result.not_finite.data_ptr<int32_t>()},
+                       stream);
+  return result;
+}
+
+void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
+                         double weight_decay, double learning_rate, const GradientNorm& norm) {
+  if (begin == end) return;
+  const auto step = static_cast<double>(steps_done_);
+  kernels::adamw({.size = end - begin,
+                  .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
+                  .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
+                  .moment_dtype = options_.moment_dtype,
+                  .weights = address(bucket.values, begin),
+                  .master = static_cast<float*>(address(state.master, begin)),
+                  .gradients = address(bucket.grads, begin),
+                  .exp_avg = address(state.exp_avg, begin),
+                  .exp_avg_sq = address(state.exp_avg_sq, begin),
+                  .learning_rate = static_cast<float>(learning_rate),
+                  .beta1 = static_cast<float>(options_.beta1),
+                  .beta2 = static_cast<float>(options_.beta2),
+                  .eps = static_cast<float>(options_.eps),
+                  .weight_decay = static_cast<float>(weight_decay),
+                  .correction1 = static_cast<float>(1 - std::pow(options_.beta1, step)),
+                  .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
+                  .gradient_scale = clip_factor_.data_ptr<float>(),
+                  .skip = norm.not_finite.data_ptr<int32_t>(),
+                  .zero_gradients = true},
+                 ops::stream_of(bucket.values));
+}
+
+GradientNorm AdamW::step(double learning_rate) {
+  const ops::NoRecord guard;
+  ++steps_done_;
+  GradientNorm norm = gradient_norm();
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const auto& bucket = buckets_[i];
+    update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay, learning_rate,
+                 norm);
+    update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0, learning_rate, norm);
+  }
+  return norm;
+}
+
+}  // namespace dsv3

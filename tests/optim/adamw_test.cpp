@@ -1,0 +1,200 @@
+#include "optim/adamw.h"
+
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "support/compare.h"
+#include "support/random.h"
+
+namespace dsv3 {
+namespace {
+
+using Numbers = std::vector<double>;
+
+/// The update in float64, number by number (arXiv:1711.05101 algorithm 2; torch.optim.AdamW).
+struct PlainAdamW {
+  AdamWOptions options;
+  std::vector<Numbers> weights, m, v;  // by bucket
+  std::vector<int64_t> decay_end;
+  int step = 0;
+
+  double update(const std::vector<Numbers>& gradients, double lr) {
+    double squares = 0;
+    for (const auto& bucket : gradients)
+      for (const double g : bucket) squares += g * g;
+    const double norm = std::sqrt(squares);
+    const double scale = options.clip > 0 ? std::min(1.0, options.clip / (norm + 1e-6)) : 1.0;
+    ++step;
+    for (size_t b = 0; b < weights.size(); ++b) {
+      for (size_t i = 0; i < weights[b].size(); ++i) {
+        const double g = gradients[b][i] * scale;
+        double& w = weights[b][i];
+        if (static_cast<int64_t>(i) < decay_end[b]) w -= lr * options.weight_decay * w;
+        m[b][i] = options.beta1 * m[b][i] + (1 - options.beta1) * g;
+        v[b][i] = options.beta2 * v[b][i] + (1 - options.beta2) * g * g;
+        const double corrected_m = m[b][i] / (1 - std::pow(options.beta1, step));
+        const double corrected_v = v[b][i] / (1 - std::pow(options.beta2, step));
+        w -= lr * corrected_m / (std::sqrt(corrected_v) + options.eps);
+      }
+    }
+    return norm;
+  }
+};
+
+Numbers numbers_of(const at::Tensor& flat) {
+  const at::Tensor host = flat.detach().to(at::kCPU, at::kDouble);
+  return {host.data_ptr<double>(), host.data_ptr<double>() + host.numel()};
+}
+
+at::Tensor tensor_of(const Numbers& numbers, at::ScalarType type, const at::Device& device) {
+  at::Tensor host = at::zeros({static_cast<int64_t>(numbers.size())}, at::kDouble);
+  std::ranges::copy(numbers, host.data_ptr<double>());
+  return host.to(type).to(device);
+}
+
+struct Case {
+  at::ScalarType weights, gradients;
+  DType moments;
+  bool masters;
+  double clip;
+};
+
+class AdamWTest : public testing::TestWithParam<at::Device> {
+ protected:
+  uint64_t seed_ = test::fresh_seed();
+  test::Random random_{seed_};
+
+  /// A bucket of `size` elements with random values; `decay_end` of them decay.
+  Bucket make_bucket(int64_t size, int64_t decay_end, at::ScalarType weights,
+                     at::ScalarType gradients) {
+    Bucket bucket;
+    Numbers values(static_cast<size_t>(size));
+    for (double& value : values) value = random_.normal();
+    bucket.values = tensor_of(values, weights, GetParam());
+    bucket.grads = at::zeros({size}, bucket.values.options().dtype(gradients));
+    bucket.decay_end = decay_end;
+    return bucket;
+  }
+
+  Numbers draw_gradients(Bucket& bucket, double size) {
+    Numbers drawn(static_cast<size_t>(bucket.numel()));
+    for (double& value : drawn) value = size * random_.normal();
+    bucket.grads.copy_(tensor_of(drawn, bucket.grads.scalar_type(), GetParam()));
+    return numbers_of(bucket.grads);  // as rounded
+  }
+};
+
+TEST_P(AdamWTest, FollowsTheFormulaInFloat64) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  const std::vector<Case> cases{{at::kFloat, at::kFloat, DType::kF32, true, 1.0},
+                                {at::kFloat, at::kFloat, DType::kF32, true, 0.0},
+                                {at::kBFloat16, at::kFloat, DType::kF32, true, 1.0},
+                                {at::kBFloat16, at::kBFloat16, DType::kBF16, true, 1.0},
+                                {at::kBFloat16, at::kFloat, DType::kF32, false, 1e9}};
+  for (const auto& c : cases) {
+    const AdamWOptions options{.eps = 1e-8,
+                               .weight_decay = 0.1,
+                               .clip = c.clip,
+                               .master_weights = c.masters,
+                               .moment_dtype = c.moments};
+    std::vector<Bucket> buckets{make_bucket(1000, 700, c.weights, c.gradients),
+                                make_bucket(37, 0, at::kFloat, at::kFloat),
+                                make_bucket(1, 1, c.weights, c.gradients)};
+    PlainAdamW plain{.options = options, .weights = {}, .m = {}, .v = {}, .decay_end = {}};
+    for (const auto& bucket : buckets) {
+      plain.weights.push_back(numbers_of(bucket.values));
+      plain.m.emplace_back(bucket.numel(), 0.0);
+      plain.v.emplace_back(bucket.numel(), 0.0);
+      plain.decay_end.push_back(bucket.decay_end);
+    }
+    AdamW optimizer(buckets, options);
+    for (int step = 0; step < 5; ++step) {
+      std::vector<Numbers> gradients;
+      for (auto& bucket : buckets)
+        gradients.push_back(draw_gradients(bucket, step == 2 ? 1e-3 : 0.5));
+      const double expected_norm = plain.update(gradients, 1e-2);
+      const GradientNorm norm = optimizer.step(1e-2);
+      EXPECT_NEAR(norm.norm.item<float>(), expected_norm, 1e-5 * expected_norm);
+      EXPECT_EQ(norm.not_finite.item<int>(), 0);
+      for (const auto& bucket : buckets) EXPECT_EQ(bucket.grads.ne(0).sum().item<int64_t>(), 0);
+    }
+    // BF16 weights without masters lose small updates; BF16 moments lose 8 bits: only then is the
+    // bar that low.
+    const bool exact = c.moments == DType::kF32 && (c.masters || c.weights == at::kFloat);
+    for (size_t b = 0; b < buckets.size(); ++b) {
+      const bool rounded = buckets[b].values.scalar_type() == at::kBFloat16;
+      const double bar =
+          rounded ? (exact ? 0x1p-8 : 2e-2) : (c.moments == DType::kF32 ? 2e-6 : 2e-2);
+      EXPECT_TRUE(
+          test::close(buckets[b].values, tensor_of(plain.weights[b], at::kDouble, GetParam()), bar))
+          << "bucket " << b << ", clip " << c.clip << ", masters " << c.masters;
+    }
+  }
+}
+
+TEST_P(AdamWTest, MastersKeepWhatBFloat16WouldLose) {
+  // 1 - 1e-4 rounds back to 1 in BF16: only a master weight can move.
+  for (const bool masters : {true, false}) {
+    std::vector<Bucket> buckets{make_bucket(256, 0, at::kBFloat16, at::kFloat)};
+    buckets[0].values.fill_(1.0);
+    AdamW optimizer(buckets, {.weight_decay = 0, .clip = 0, .master_weights = masters});
+    for (int step = 0; step < 100; ++step) {
+      buckets[0].grads.fill_(1.0);
+      optimizer.step(1e-4);
+    }
+    const double expected = masters ? 0.98828125 : 1.0;  // 0.99 to the nearest BF16
+    EXPECT_NEAR(buckets[0].values.to(at::kFloat).mean().item<float>(), expected, 2e-3);
+    EXPECT_EQ(buckets[0].values.ne(1.0).any().item<bool>(), masters);
+  }
+}
+
+TEST_P(AdamWTest, LoadedWeightsBecomeTheMasters) {
+  std::vector<Bucket> buckets{make_bucket(100, 100, at::kBFloat16, at::kFloat)};
+  AdamW optimizer(buckets, {.weight_decay = 0});
+  buckets[0].values.fill_(3.0);
+  optimizer.reset_masters();
+  optimizer.step(0.0);
+  EXPECT_EQ(buckets[0].values.ne(3.0).sum().item<int64_t>(), 0);
+}
+
+TEST_P(AdamWTest, ANormThatIsNoNumberChangesNothing) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    std::vector<Bucket> buckets{make_bucket(300, 100, at::kFloat, at::kFloat),
+                                make_bucket(5, 0, at::kFloat, at::kFloat)};
+    const at::Tensor before = buckets[0].values.clone();
+    AdamW optimizer(buckets, {});
+    buckets[1].grads[3].fill_(bad);
+    buckets[0].grads.fill_(1.0);
+    EXPECT_EQ(optimizer.step(0.1).not_finite.item<int>(), 1);
+    EXPECT_TRUE(test::same_bits(buckets[0].values, before));
+    EXPECT_EQ(buckets[1].grads.ne(0).sum().item<int64_t>(), 0) << "the bad gradient must not stay";
+  }
+}
+
+TEST_P(AdamWTest, TwoRunsGiveTheSameBits) {
+  at::Tensor first;
+  for (int run = 0; run < 2; ++run) {
+    random_ = test::Random(seed_);
+    std::vector<Bucket> buckets{make_bucket(10007, 5000, at::kFloat, at::kFloat)};
+    AdamW optimizer(buckets, {});
+    for (int step = 0; step < 3; ++step) {
+      draw_gradients(buckets[0], 1.0);
+      optimizer.step(1e-3);
+    }
+    if (run == 0)
+      first = buckets[0].values.clone();
+    else
+      EXPECT_TRUE(test::same_bits(buckets[0].values, first));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, AdamWTest, testing::ValuesIn(test::devices()),
+                         [](const auto& info) { return info.param.is_cuda() ? "cuda" : "cpu"; });
+
+}  // namespace
+}  // namespace dsv3
