@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace dsv3 {
+
+/// XXH3 of bytes, 64 bits; the same on every machine.
+uint64_t hash_bytes(std::string_view bytes, uint64_t seed);
+
+/// XXH3 of bytes that arrive in parts.
+class StreamingHash {
+ public:
+  StreamingHash();
+  ~StreamingHash();
+  StreamingHash(const StreamingHash&) = delete;
+  StreamingHash& operator=(const StreamingHash&) = delete;
+  void update(const void* data, size_t size);
+  uint64_t digest() const;
+
+ private:
+  void* state_;
+};
+
+/// One well-mixed 64-bit value for each (seed, index): the finaliser of splitmix64 (Steele et al.
+/// 2014) over a Weyl sequence. Random access, so that nothing depends on how many values were
+/// drawn.
+constexpr uint64_t hash_index(uint64_t seed, uint64_t index) {
+  uint64_t x = seed + (index + 1) * 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+/// A number in 0 … bound-1 from 64 random bits, by multiplication; bound >= 1.
+constexpr uint64_t below(uint64_t bits, uint64_t bound) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * bound) >> 64);
+}
+
+/// A permutation of 0 … size-1 that is evaluated at one place without being stored: a Feistel
+/// network of six rounds over the next even power of two, walked until it lands inside.
+class Permutation {
+ public:
+  Permutation(uint64_t size, uint64_t seed);
+  uint64_t operator()(uint64_t index) const;
+
+ private:
+  uint64_t size_, seed_;
+  uint32_t half_bits_ = 1;
+};
+
+}  // namespace dsv3
