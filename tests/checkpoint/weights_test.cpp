@@ -1,0 +1,236 @@
+#include "checkpoint/weights.h"
+
+#include <ATen/ops/equal.h>
+#include <ATen/ops/randn.h>
+#include <c10/core/GradMode.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "checkpoint/hf_config.h"
+#include "checkpoint/temporary_directory.h"
+
+namespace dsv3 {
+namespace {
+
+/// A small set of every kind of parameter: plain, fused, stacked experts, FP32 gate, bias, MTP.
+struct Fixture {
+  ModelConfig model;
+  ParameterSet parameters;
+
+  explicit Fixture(DType dtype, bool mtp = true, int64_t hidden = 6) {
+    model.num_layers = 1;
+    model.vocab_size = 5;
+    model.hidden_size = hidden;
+    model.intermediate_size = 4;
+    model.dtype = dtype;
+    model.mla.num_heads = 1;
+    model.moe.num_experts = 2;
+    model.moe.moe_intermediate_size = 3;
+    model.mtp.num_nextn_predict_layers = mtp ? 1 : 0;
+    plain("model.embed_tokens.weight", {5, hidden}, -1);
+    plain("model.norm.weight", {hidden}, 1);
+    plain("lm_head.weight", {5, hidden}, 1);
+    const std::string mlp = "model.layers.0.mlp.";
+    parameters.declare({.name = mlp + "experts.gate_up_proj",
+                        .shape = {2, 6, hidden},
+                        .pieces = {{mlp + "experts.0.gate_proj.weight", 0, 0, 3, 0},
+                                   {mlp + "experts.0.up_proj.weight", 0, 3, 6, 0},
+                                   {mlp + "experts.1.gate_proj.weight", 1, 0, 3, 0},
+                                   {mlp + "experts.1.up_proj.weight", 1, 3, 6, 0}},
+                        .layer = 0,
+                        .expert = true});
+    plain(mlp + "gate.weight", {2, hidden}, 0, true);
+    plain(mlp + "gate.e_score_correction_bias", {2}, 0, true, false);
+    if (mtp) plain("model.layers.1.enorm.weight", {hidden}, 2);
+    parameters.allocate({.dtype = dtype});
+    fill();
+  }
+
+  void plain(const std::string& name, std::vector<int64_t> shape, int64_t layer,
+             bool float32 = false, bool trainable = true) {
+    const int64_t rows = shape[0];
+    parameters.declare({.name = name,
+                        .shape = std::move(shape),
+                        .pieces = {{.name = name, .row_end = rows}},
+                        .layer = layer,
+                        .float32 = float32,
+                        .trainable = trainable});
+  }
+  void fill() {
+    const c10::AutoGradMode off(false);
+    for (auto& p : parameters.parameters()) {
+      p.value().detach().copy_(at::randn(p.spec.shape, at::TensorOptions(at::kFloat)));
+    }
+  }
+};
+
+void expect_equal(const ParameterSet& a, const ParameterSet& b) {
+  for (const auto& p : a.parameters()) {
+    EXPECT_TRUE(at::equal(p.value(), b.find(p.spec.name)->value())) << p.spec.name;
+  }
+}
+
+class Weights : public ::testing::Test {
+ protected:
+  std::string load_error(ParameterSet& parameters) {
+    try {
+      load_weights(target_, parameters, 1);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  }
+  /// Rewrites the saved file with one change per tensor.
+  void rewrite(const std::function<void(std::vector<TensorPlan>&)>& change) {
+    const auto path = target_ / "model.safetensors";
+    std::map<std::string, std::vector<std::byte>> data;
+    std::vector<TensorPlan> plan;
+    {
+      const SafetensorsFile file(path);
+      for (const auto& t : file.tensors()) {
+        data[t.name] = {t.bytes.begin(), t.bytes.end()};
+        plan.push_back({t.name, t.type, t.shape});
+      }
+    }
+    change(plan);
+    SafetensorsWriter writer(path, plan);
+    for (const auto& t : writer.order()) {
+      auto bytes = data[t.name];
+      bytes.resize(t.num_bytes(), std::byte{1});
+      writer.write(bytes);
+    }
+    writer.commit();
+  }
+
+  test::TemporaryDirectory directory_;
+  std::filesystem::path target_ = directory_.path() / "run" / "checkpoints" / "step_5";
+};
+
+TEST_F(Weights, SavedWeightsLoadBackEqualAndSaveEqualBytes) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Fixture a(dtype), b(dtype);
+    save_weights(target_, a.parameters, a.model, {.extra_files = {{"dsv3.yaml", "x: 1\n"}}});
+    load_weights(target_, b.parameters, 1);
+    expect_equal(a.parameters, b.parameters);
+    const auto second = directory_.path() / "second";
+    save_weights(second, b.parameters, b.model);
+    EXPECT_EQ(read_file(target_ / "model.safetensors"), read_file(second / "model.safetensors"));
+    EXPECT_EQ(read_file(target_ / "config.json"), read_file(second / "config.json"));
+    EXPECT_EQ(read_file(target_ / "dsv3.yaml"), "x: 1\n");
+  }
+}
+
+TEST_F(Weights, TypesAreConverted) {
+  Fixture wide(DType::kF32), narrow(DType::kBF16);
+  save_weights(target_, wide.parameters, wide.model);
+  load_weights(target_, narrow.parameters, 1);
+  for (const auto& p : wide.parameters.parameters()) {
+    const at::Tensor& loaded = narrow.parameters.find(p.spec.name)->value();
+    EXPECT_TRUE(at::equal(p.value().to(loaded.scalar_type()), loaded)) << p.spec.name;
+  }
+  save_weights(target_, narrow.parameters, narrow.model);
+  load_weights(target_, wide.parameters, 1);
+  for (const auto& p : wide.parameters.parameters()) {
+    const at::Tensor& saved = narrow.parameters.find(p.spec.name)->value();
+    EXPECT_TRUE(at::equal(p.value(), saved.to(at::kFloat))) << p.spec.name;
+  }
+}
+
+TEST_F(Weights, ReleasedLayoutOfMtpAndBias) {
+  Fixture a(DType::kBF16);
+  save_weights(target_, a.parameters, a.model);
+  const WeightFiles files(target_);
+  for (const char* name : {"model.layers.1.embed_tokens.weight", "model.layers.1.enorm.weight",
+                           "model.layers.1.shared_head.head.weight"}) {
+    EXPECT_NE(files.find(name), nullptr) << name;
+  }
+  const auto* bias = files.find("model.layers.0.mlp.gate.e_score_correction_bias");
+  ASSERT_NE(bias, nullptr);
+  EXPECT_EQ(bias->type, StoredType::kF32);
+  // A model without the MTP module ignores its layer; one with it needs it.
+  Fixture b(DType::kBF16, /*mtp=*/false);
+  EXPECT_EQ(load_error(b.parameters), "");
+  save_weights(target_, b.parameters, b.model);
+  EXPECT_NE(load_error(a.parameters).find("missing (1): model.layers.1.enorm.weight"),
+            std::string::npos);
+}
+
+TEST_F(Weights, SeveralShardsAndAnIndex) {
+  Fixture a(DType::kF32), b(DType::kF32);
+  save_weights(target_, a.parameters, a.model, {.max_shard_bytes = 200});
+  EXPECT_TRUE(std::filesystem::exists(target_ / "model.safetensors.index.json"));
+  EXPECT_FALSE(std::filesystem::exists(target_ / "model.safetensors"));
+  load_weights(target_, b.parameters, 1);
+  expect_equal(a.parameters, b.parameters);
+}
+
+TEST_F(Weights, EveryMisfitIsNamedAtOnceAndNothingIsChanged) {
+  Fixture a(DType::kF32), b(DType::kF32);
+  save_weights(target_, a.parameters, a.model);
+  rewrite([](std::vector<TensorPlan>& plan) {
+    std::erase_if(plan, [](const auto& t) { return t.name == "model.norm.weight"; });
+    for (auto& t : plan) {
+      if (t.name == "lm_head.weight") t.shape = {6, 5};
+    }
+    plan.push_back({"model.layers.0.surprise", StoredType::kF32, {1}});
+    plan.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq", StoredType::kF32, {1}});
+  });
+  const at::Tensor before = b.parameters.find("model.embed_tokens.weight")->value().clone();
+  const std::string message = load_error(b.parameters);
+  EXPECT_NE(message.find("missing (1): model.norm.weight"), std::string::npos) << message;
+  EXPECT_NE(message.find("unexpected (1): model.layers.0.surprise"), std::string::npos) << message;
+  EXPECT_NE(message.find("lm_head.weight: expected shape [5, 6], got [6, 5]"), std::string::npos)
+      << message;
+  EXPECT_TRUE(at::equal(before, b.parameters.find("model.embed_tokens.weight")->value()));
+}
+
+TEST_F(Weights, CopiesThatDifferAreRefused) {
+  Fixture a(DType::kF32);
+  save_weights(target_, a.parameters, a.model);
+  rewrite([](std::vector<TensorPlan>& plan) {
+    for (auto& t : plan) {
+      if (t.name == "model.layers.1.embed_tokens.weight") t.shape = {6, 6};
+    }
+  });
+  EXPECT_NE(load_error(a.parameters).find("differs from model.embed_tokens.weight"),
+            std::string::npos);
+}
+
+TEST_F(Weights, ReplacingACheckpointLeavesNoTrace) {
+  Fixture a(DType::kF32), b(DType::kF32);
+  save_weights(target_, a.parameters, a.model);
+  save_weights(target_, b.parameters, b.model, {.max_shard_bytes = 200});
+  load_weights(target_, a.parameters, 1);
+  expect_equal(a.parameters, b.parameters);
+  EXPECT_FALSE(std::filesystem::exists(target_ / "model.safetensors"));
+  const std::filesystem::directory_iterator entries(target_.parent_path());
+  EXPECT_EQ(std::distance(begin(entries), end(entries)), 1);
+}
+
+TEST_F(Weights, AFailingSaveLeavesTheOldOne) {
+  Fixture a(DType::kF32), b(DType::kF32);
+  save_weights(target_, a.parameters, a.model);
+  EXPECT_THROW(
+      save_weights(target_, b.parameters, b.model, {.extra_files = {{"no/such/place", "x"}}}),
+      IoError);
+  load_weights(target_, b.parameters, 1);
+  expect_equal(a.parameters, b.parameters);
+  const std::filesystem::directory_iterator entries(target_.parent_path());
+  EXPECT_EQ(std::distance(begin(entries), end(entries)), 1);
+}
+
+TEST_F(Weights, NewestCheckpointIsTheHighestStep) {
+  const auto run = directory_.path() / "run";
+  EXPECT_THROW(latest_checkpoint(run), std::invalid_argument);
+  Fixture a(DType::kF32);
+  for (const int64_t step : {9, 10, 2}) {
+    save_weights(checkpoint_directory(run, step), a.parameters, a.model);
+  }
+  std::filesystem::create_directories(run / "checkpoints" / ".step_99.tmp");
+  std::filesystem::create_directories(run / "checkpoints" / "step_98x");
+  std::filesystem::create_directories(run / "checkpoints" / "step_97");  // empty: not whole
+  EXPECT_EQ(latest_checkpoint(run), checkpoint_directory(run, 10));
+}
+
+}  // namespace
+}  // namespace dsv3
