@@ -1,0 +1,50 @@
+#include "inference/run.h"
+
+#include "base/error.h"
+#include "checkpoint/hf_config.h"
+#include "checkpoint/weights.h"
+#include "config/load.h"
+
+namespace dsv3 {
+namespace {
+
+namespace fs = std::filesystem;
+
+fs::path checkpoint_of(const fs::path& directory) {
+  if (!fs::is_directory(directory)) {
+    throw IoError(fmt::format("{} is not a directory", directory.string()));
+  }
+  if (fs::exists(directory / "config.json")) return directory;
+  require(fs::is_directory(directory / "checkpoints"),
+          "{} is neither a run (no checkpoints/) nor a checkpoint (no config.json)",
+          directory.string());
+  return latest_checkpoint(directory);
+}
+
+}  // namespace
+
+OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
+  OpenedModel opened;
+  opened.device = options.device;
+  opened.checkpoint = checkpoint_of(directory);
+  const HfConfig described = load_hf_config(opened.checkpoint);
+  ModelConfig config = described.model;
+  if (const auto yaml = opened.checkpoint / "dsv3.yaml"; fs::exists(yaml)) {
+    opened.run = load_config(yaml, {});
+    config = opened.run->model;
+    config.vocab_size = described.model.vocab_size;  // 0 in the YAML stands for the tokenizer's
+  }
+  if (options.dtype) config.dtype = *options.dtype;
+  config.mtp.num_nextn_predict_layers = 0;
+  for (const int64_t id : described.eos_token_ids) {
+    opened.stop_tokens.push_back(static_cast<int32_t>(id));
+  }
+  opened.parameters = std::make_unique<ParameterSet>();
+  opened.model = std::make_unique<Model>(config, *opened.parameters);
+  opened.parameters->allocate(
+      {.dtype = config.dtype, .gradients = false, .cuda = options.device.is_cuda()});
+  load_weights(opened.checkpoint, *opened.parameters, config.num_layers);
+  return opened;
+}
+
+}  // namespace dsv3
