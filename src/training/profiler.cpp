@@ -1,0 +1,43 @@
+#include "training/profiler.h"
+
+#include <torch/csrc/autograd/profiler_kineto.h>
+
+#include <set>
+#include <utility>
+
+#include "base/error.h"
+
+namespace dsv3 {
+
+namespace kineto = torch::autograd::profiler;
+namespace impl = torch::profiler::impl;
+
+Profiler::~Profiler() {
+  if (!running_) return;
+  try {
+    kineto::disableProfiler();
+  } catch (...) {  // a destructor must not throw; the trace is lost, the run is not
+  }
+}
+
+void Profiler::start(bool cuda) {
+  DSV3_CHECK(!running_, "the profiler is already recording");
+  const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
+  std::set<impl::ActivityType> activities{impl::ActivityType::CPU};
+  if (cuda) activities.insert(impl::ActivityType::CUDA);
+  kineto::prepareProfiler(config, activities);
+  kineto::enableProfiler(config, activities);
+  running_ = true;
+}
+
+void Profiler::stop(const std::filesystem::path& trace) {
+  DSV3_CHECK(running_, "the profiler is not recording");
+  running_ = false;
+  const auto result = kineto::disableProfiler();
+  result->save(trace.string());
+  if (!std::filesystem::exists(trace)) {
+    throw IoError(fmt::format("cannot write the trace {}", trace.string()));
+  }
+}
+
+}  // namespace dsv3

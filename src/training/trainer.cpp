@@ -1,0 +1,192 @@
+#include "training/trainer.h"
+
+#include "base/error.h"
+#include "base/file.h"
+#include "checkpoint/weights.h"
+#include "config/load.h"
+#include "monitor/hardware.h"
+#include "planner/flops.h"
+#include "training/device.h"
+#include "training/run_directory.h"
+
+namespace dsv3 {
+
+Trainer::Trainer(const Config& config, TrainerOptions options)
+    : config_(config),
+      options_(std::move(options)),
+      device_(choose_device(config.training.device)) {
+  require_single_process(config_.parallel);
+  require(config_.training.steps > 0, "training.steps: {}, but a run needs at least 1",
+          config_.training.steps);
+  configure_process(config_.training.num_threads, config_.training.deterministic);
+  // An earlier run is moved aside only when this one has its data and its memory.
+  require_free_directory(options_.directory, options_.overwrite);
+  open_data();
+  build_model();
+  const auto moved = prepare_run_directory(options_.directory, options_.overwrite);
+  monitor_ = std::make_unique<RunMonitor>(
+      options_.directory,
+      Console::Options{.out = options_.console,
+                       .terminal = options_.terminal,
+                       .total_steps = config_.training.steps,
+                       .every = std::max<int64_t>(1, config_.training.log_every),
+                       .bits_per_byte = config_.data.tokenizer == "bytes"});
+  write_file_atomically(options_.directory / "config.yaml", to_yaml(config_));
+  if (moved) monitor_->info(fmt::format("the earlier run was moved to {}", moved->string()));
+  announce();
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::open_data() {
+  LoaderOptions options{.split = Split::kTrain,
+                        .seed = config_.training.seed,
+                        .default_cache_dir = options_.directory.parent_path() / "token_cache",
+                        .progress = {}};
+  train_ = std::make_unique<Loader>(config_.data, options);
+  if (!config_.data.validation.empty() || config_.data.validation_every > 0) {
+    options.split = Split::kValidation;
+    validation_ = std::make_unique<Loader>(config_.data, options);
+  }
+  const int64_t vocabulary = train_->tokenizer().vocab_size();
+  if (config_.model.vocab_size == 0) config_.model.vocab_size = vocabulary;
+  require(config_.model.vocab_size >= vocabulary,
+          "model.vocab_size: {}, but the tokenizer '{}' has {} ids", config_.model.vocab_size,
+          config_.data.tokenizer, vocabulary);
+}
+
+void Trainer::build_model() {
+  model_ = std::make_unique<Model>(config_.model, parameters_);
+  if (!config_.optimizer.decay_embeddings) {
+    for (auto& parameter : parameters_.parameters())
+      if (parameter.spec.layer == -1) parameter.spec.decay = false;
+  }
+  parameters_.allocate({.dtype = config_.model.dtype,
+                        .gradient_dtype = config_.optimizer.gradient_dtype,
+                        .gradients = true,
+                        .cuda = device_.is_cuda()});
+  parameters_.initialize(static_cast<uint64_t>(config_.training.seed));
+  const auto& optimizer = config_.optimizer;
+  optimizer_ = std::make_unique<AdamW>(parameters_.buckets(),
+                                       AdamWOptions{.beta1 = optimizer.beta1,
+                                                    .beta2 = optimizer.beta2,
+                                                    .eps = optimizer.eps,
+                                                    .weight_decay = optimizer.weight_decay,
+                                                    .clip = optimizer.clip,
+                                                    .master_weights = optimizer.master_weights,
+                                                    .moment_dtype = optimizer.moment_dtype});
+  flops_per_token_ = flops_per_token(config_.model, parameters_, config_.data.sequence_length);
+  if (device_.is_cuda()) peak_tflops_ = peak_bf16_tflops(device_name(device_));
+}
+
+GlobalBatch Trainer::next_global_batch() {
+  const int64_t micro = config_.training.micro_batch_size;
+  const int64_t sequences = global_batch_at(config_, steps_done_, tokens_done_);
+  std::vector<Batch> batches;
+  for (int64_t first = 0; first < sequences; first += micro) batches.push_back(train_->next(micro));
+  return make_global_batch(std::move(batches), config_.model.mtp.num_nextn_predict_layers,
+                           config_.data.mask_across_documents);
+}
+
+PendingNumbers Trainer::step() {
+  const auto start = Clock::now();
+  const GlobalBatch batch = next_global_batch();
+  info_.data_seconds = seconds_between(start, Clock::now());
+  const GradientOptions options{
+      .device = device_,
+      .mask_documents = config_.data.mask_across_documents,
+      .recompute = config_.training.recompute,
+      .balance_alpha = config_.model.moe.sequence_loss_alpha,
+      .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)};
+  const StepSums sums = accumulate_gradients(*model_, batch, options);
+  // Note: the learning rate is that at the END of the step, so that a warm-up from 0 does not waste
+  // the first step and the last step has the schedule's last value.
+  const double learning_rate =
+      config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
+  const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
+  const GradientNorm norm = optimizer_->step(learning_rate);
+  if (sums.loads.defined() && config_.model.moe.use_bias && bias_rate != 0)
+    model_->update_router_biases(sums.loads, bias_rate);
+  ++steps_done_;
+  tokens_done_ += batch.tokens;
+  info_.step = steps_done_;
+  info_.tokens_done = tokens_done_;
+  info_.tokens = batch.tokens;
+  info_.sequences = batch.sequences;
+  info_.learning_rate = learning_rate;
+  return {sums, norm, batch};
+}
+
+void Trainer::save() {
+  const auto directory = checkpoint_directory(options_.directory, steps_done_);
+  SaveOptions options;
+  options.eos_token_ids = {tokenizer().specials().end_of_document};
+  options.extra_files = {{"dsv3.yaml", to_yaml(config_)}};
+  save_weights(directory, parameters_, config_.model, options);
+  saved_ = directory;
+  monitor_->info(fmt::format("saved     {}", directory.string()));
+  prune_checkpoints(options_.directory, config_.checkpoint.keep_last);
+}
+
+std::optional<StopReason> Trainer::stop_reason() const {
+  if (steps_done_ >= config_.training.steps) return StopReason::kFinished;
+  if (options_.stop_requested && options_.stop_requested()) return StopReason::kRequested;
+  const double limit = config_.training.time_limit_minutes * 60;
+  if (limit > 0 && steps_done_ > 0 && seconds_between(started_, Clock::now()) >= limit)
+    return StopReason::kTimeLimit;
+  return std::nullopt;
+}
+
+void Trainer::profile_before_step() {
+  if (options_.profile_first > 0 && steps_done_ + 1 == options_.profile_first)
+    profiler_.start(device_.is_cuda());
+}
+
+void Trainer::profile_after_step() {
+  if (!profiler_.running() || steps_done_ < options_.profile_last) return;
+  const auto directory = options_.directory / "profile";
+  std::filesystem::create_directories(directory);
+  const auto trace =
+      directory / fmt::format("steps_{}_{}.json", options_.profile_first, options_.profile_last);
+  profiler_.stop(trace);
+  monitor_->info(fmt::format("profile   {}", trace.string()));
+}
+
+TrainingResult Trainer::run() {
+  const auto due = [this](int64_t every) { return every > 0 && steps_done_ % every == 0; };
+  started_ = mark_ = Clock::now();
+  std::optional<StopReason> reason;
+  std::optional<std::pair<PendingNumbers, StepInfo>> pending;
+  while (!(reason = stop_reason())) {
+    profile_before_step();
+    PendingNumbers numbers = step();
+    profile_after_step();
+    // On CUDA the step before is read while this one runs; the host is then always one step ahead.
+    if (pending) report(std::move(pending->first), pending->second);
+    pending.emplace(std::move(numbers), info_);
+    const bool pause = due(config_.training.eval_every) || due(config_.checkpoint.every_steps);
+    if (device_.is_cuda() && !pause) continue;
+    report(std::move(pending->first), pending->second);
+    pending.reset();
+    if (steps_done_ >= config_.training.steps) continue;
+    if (due(config_.training.eval_every)) evaluate_now();
+    if (due(config_.checkpoint.every_steps)) save();
+    if (pause) mark_ = Clock::now();
+  }
+  if (pending) report(std::move(pending->first), pending->second);
+
+  TrainingResult result{
+      .reason = *reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
+  if (*reason == StopReason::kTimeLimit)
+    monitor_->info(fmt::format("the time limit of {} minutes is reached after step {}",
+                               config_.training.time_limit_minutes, steps_done_));
+  if (*reason == StopReason::kRequested)
+    monitor_->info(fmt::format("stopped after step {}", steps_done_));
+  if (*reason != StopReason::kRequested) result.evaluation = evaluate_now();
+  if (options_.stop_requested && options_.stop_requested()) result.reason = StopReason::kRequested;
+  save();
+  result.checkpoint = saved_;
+  return result;
+}
+
+}  // namespace dsv3

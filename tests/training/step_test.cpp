@@ -1,0 +1,153 @@
+#include "training/step.h"
+
+#include <ATen/ops/cat.h>
+#include <gtest/gtest.h>
+
+#include "support/compare.h"
+#include "training/tiny.h"
+
+namespace dsv3 {
+namespace {
+
+struct Outcome {
+  at::Tensor gradients;  // every bucket, end to end
+  StepSums sums;
+};
+
+class StepTest : public testing::TestWithParam<at::Device> {
+ protected:
+  uint64_t seed_ = test::fresh_seed();
+  test::Random random_{seed_};
+  ModelConfig config_ = test::tiny_model();
+
+  /// Gradients of one global batch from fresh, equal weights; biases are drawn, so that routing is
+  /// not trivial.
+  Outcome run(std::vector<Batch> micro_batches, const GradientOptions& given) {
+    GradientOptions options = given;
+    options.device = GetParam();
+    ParameterSet parameters;
+    const Model model(config_, parameters);
+    parameters.allocate({.dtype = config_.dtype, .gradients = true, .cuda = GetParam().is_cuda()});
+    parameters.initialize(7);
+    test::Random random(seed_ + 1);
+    for (auto& parameter : parameters.parameters()) {
+      if (parameter.spec.trainable) continue;
+      for (int64_t i = 0; i < parameter.spec.numel(); ++i)
+        parameter.weight.value[i].fill_(random.uniform(-0.1, 0.1));
+    }
+    const auto global = make_global_batch(
+        std::move(micro_batches), config_.mtp.num_nextn_predict_layers, options.mask_documents);
+    Outcome outcome;
+    outcome.sums = accumulate_gradients(model, global, options);
+    std::vector<at::Tensor> gradients;
+    for (const auto& bucket : parameters.buckets())
+      gradients.push_back(bucket.grads.to(at::kFloat));
+    outcome.gradients = at::cat(gradients);
+    return outcome;
+  }
+
+  std::vector<Batch> split(const Batch& whole, int64_t size) {
+    std::vector<Batch> parts;
+    for (int64_t first = 0; first < whole.num_sequences; first += size)
+      parts.push_back(test::rows_of(whole, first, std::min(size, whole.num_sequences - first)));
+    return parts;
+  }
+
+  void expect_equal(const Outcome& actual, const Outcome& expected) {
+    EXPECT_TRUE(test::close(actual.sums.scalars, expected.sums.scalars, 1e-6));
+    EXPECT_TRUE(test::close(actual.gradients, expected.gradients, 1e-6));
+    EXPECT_TRUE(test::same_bits(actual.sums.loads, expected.sums.loads));
+    EXPECT_GT(expected.gradients.norm().item<float>(), 0);
+  }
+};
+
+TEST_P(StepTest, AccumulationEqualsOneBigBatch) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  const auto whole = test::random_batch(random_, config_, 4, 19);
+  for (const bool mask : {false, true}) {
+    const GradientOptions options{.mask_documents = mask, .balance_alpha = 1e-2, .mtp_weight = 0.3};
+    const auto expected = run({whole}, options);
+    expect_equal(run(split(whole, 1), options), expected);
+    expect_equal(run(split(whole, 3), options), expected);  // 3 + 1
+  }
+}
+
+TEST_P(StepTest, AMicroBatchWithoutValidLabelsWeighsNothing) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  const GradientOptions options{.mtp_weight = 0.3};
+  const auto some = test::random_batch(random_, config_, 2, 11);
+  const auto none = test::random_batch(random_, config_, 1, 11, /*none_valid=*/true);
+  const auto alone = run({some}, options), both = run({none, some}, options);
+  EXPECT_TRUE(test::close(both.gradients, alone.gradients, 1e-6));
+  const auto nothing = run({none}, options);
+  EXPECT_EQ(nothing.gradients.norm().item<float>(), 0) << "no valid label, no gradient, no NaN";
+}
+
+TEST_P(StepTest, BalanceGradientDoesNotDependOnTheSplit) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  // Without valid labels only the balance loss is left.
+  const auto whole = test::random_batch(random_, config_, 6, 13, /*none_valid=*/true);
+  const GradientOptions options{.balance_alpha = 1.0};
+  const auto expected = run({whole}, options);
+  expect_equal(run(split(whole, 1), options), expected);
+  expect_equal(run(split(whole, 4), options), expected);
+}
+
+TEST_P(StepTest, RecomputationChangesNoGradientAndCountsNoTokenTwice) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  const auto whole = test::random_batch(random_, config_, 3, 17);
+  const GradientOptions options{.balance_alpha = 1e-2, .mtp_weight = 0.3};
+  const auto expected = run({whole}, options);
+  const int64_t layers = expected.sums.loads.size(0);
+  EXPECT_EQ(layers, 2);  // the MoE layer and the MTP module's
+  EXPECT_EQ(expected.sums.loads.sum().item<int64_t>(),
+            layers * 3 * 17 * config_.moe.num_experts_per_token);
+  for (const auto policy : {Recompute::kSelective, Recompute::kFull}) {
+    GradientOptions again = options;
+    again.recompute = policy;
+    expect_equal(run(split(whole, 2), again), expected);
+  }
+}
+
+TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  const auto whole = test::random_batch(random_, config_, 4, 12);
+  const auto global = make_global_batch(split(whole, 1), 1, false);
+  EXPECT_EQ(global.tokens, 48);
+  EXPECT_EQ(global.sequences, 4);
+  const auto outcome = run(split(whole, 1), {.mtp_weight = 0.3});
+  const GradientNorm norm{outcome.gradients.norm(), {}};
+  const auto numbers = PendingNumbers(outcome.sums, norm, global).wait();
+  EXPECT_NEAR(numbers.loss, std::log(264.0), 0.5);  // random weights guess evenly
+  EXPECT_NEAR(numbers.mtp_loss, std::log(264.0), 0.5);
+  EXPECT_DOUBLE_EQ(numbers.loss * static_cast<double>(global.valid),
+                   outcome.sums.scalars[0].item<double>());
+  EXPECT_FLOAT_EQ(static_cast<float>(numbers.grad_norm), outcome.gradients.norm().item<float>());
+  const at::Tensor loads = outcome.sums.loads.to(at::kDouble);
+  double worst = 0;
+  for (int64_t layer = 0; layer < loads.size(0); ++layer)
+    worst = std::max(worst, loads[layer].max().div(loads[layer].mean()).item<double>() - 1);
+  EXPECT_NEAR(numbers.max_violation, worst, 1e-9);
+  EXPECT_GE(numbers.load_imbalance, 0);
+}
+
+TEST(GlobalBatch, CountsValidLabelsByDepthAndDocument) {
+  Batch batch{.num_sequences = 1,
+              .sequence_length = 5,
+              .tokens = {1, 2, 3, 4, 5},
+              .labels = {2, 3, kIgnoreLabelId, 5, 6},
+              .positions = {0, 1, 2, 0, 1},
+              .documents = {0, 0, 0, 1, 1}};
+  auto global = make_global_batch({batch, batch}, 2, false);
+  EXPECT_EQ(global.valid, 8);
+  EXPECT_EQ(global.mtp_valid, (std::vector<int64_t>{6, 4}));
+  global = make_global_batch({batch, batch}, 2, true);
+  EXPECT_EQ(global.mtp_valid, (std::vector<int64_t>{4, 0}));
+  EXPECT_FALSE(to_device(batch, at::Device(at::kCPU), false).documents.defined());
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, StepTest, testing::ValuesIn(test::devices()),
+                         [](const auto& info) { return info.param.is_cuda() ? "cuda" : "cpu"; });
+
+}  // namespace
+}  // namespace dsv3
