@@ -1,0 +1,235 @@
+"""The program's command line and the scripts around it, from outside: exit codes, messages, pipes.
+
+Usage: cli_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs Python's standard library only.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DSV3 = ""
+COMMANDS = ["train", "config", "plan", "eval", "generate", "data", "verify"]
+
+
+def run(*command, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, "cwd": ROOT} | options
+    return subprocess.run([str(word) for word in command], text=True, stdin=subprocess.DEVNULL, **options)
+
+
+class Program(unittest.TestCase):
+    def assert_one_sentence(self, result, code, *words):
+        """Fails unless stderr is one line `dsv3: error: …` that holds all words."""
+        self.assertEqual(result.returncode, code, result.stderr)
+        self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, result.stderr)
+
+    def test_help_names_every_command(self):
+        result = run(DSV3, "--help")
+        self.assertEqual(result.returncode, 0)
+        for command in COMMANDS:
+            self.assertRegex(result.stdout, rf"(?m)^  {command} ")
+        self.assertIn("Examples:", result.stdout)
+
+    def test_every_command_has_help_with_examples(self):
+        for command in COMMANDS:
+            with self.subTest(command):
+                result = run(DSV3, command, "--help")
+                self.assertEqual((result.returncode, result.stderr), (0, ""))
+                text = result.stdout if command != "data" else run(DSV3, "data", "tokenize", "--help").stdout
+                self.assertIn("Examples:", text)
+
+    def test_version(self):
+        result = run(DSV3, "--version")
+        self.assertEqual(result.returncode, 0)
+        self.assertRegex(result.stdout, r"\Adsv3 \d+\.\d+\.\d+ \(\w+, (g\+\+|clang) [\d.]+, LibTorch \d+\.\d+\.\d+, (CPU only|CUDA [\d.]+)\)\n\Z")
+
+    def test_without_arguments_it_shows_help_and_fails(self):
+        result = run(DSV3)
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        self.assertIn("Usage: dsv3", result.stderr)
+
+    def test_mistyped_command_and_option(self):
+        self.assert_one_sentence(run(DSV3, "trian"), 2, "'trian'", "did you mean 'train'?")
+        self.assert_one_sentence(run(DSV3, "xyzzy"), 2, "'xyzzy'", "train", "verify")
+        self.assert_one_sentence(run(DSV3, "verify", "--nope"), 2, "--nope", "dsv3 verify --help")
+        self.assert_one_sentence(run(DSV3, "train"), 2, "config", "dsv3 train --help")
+
+    def test_missing_files(self):
+        for command in ("train", "config", "plan"):
+            with self.subTest(command):
+                self.assert_one_sentence(run(DSV3, command, "no/such.yaml"), 1, "no/such.yaml", "No such file")
+        result = run(DSV3, "generate", "no/such/run", "--prompt", "x")
+        self.assertIn(result.returncode, (1, 2))
+        self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]*no/such/run[^\n]*\n\Z")
+
+    def test_config_errors_all_at_once_with_places(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "broken.yaml"
+            path.write_text("model:\n  num_layer: 3\ntraining:\n  steps: many\n")
+            result = run(DSV3, "config", path)
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        *errors, last = result.stderr.splitlines()
+        self.assertEqual(len(errors), 2, result.stderr)
+        self.assertRegex(errors[0], rf"^{re.escape(str(path))}:2:3: .*num_layer.*num_layers")
+        self.assertRegex(errors[1], rf"^{re.escape(str(path))}:4:\d+: .*steps.*many")
+        self.assertEqual(last, "dsv3: error: 2 errors in the config")
+
+    def test_config_prints_yaml_that_loads_to_itself(self):
+        config = ROOT / "configs" / "deepseek_v3_tiny.yaml"
+        first = run(DSV3, "config", config, "training.steps=1900")
+        self.assertEqual((first.returncode, first.stderr), (0, ""))
+        self.assertRegex(first.stdout, r"(?m)^  steps: 1900$")
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "again.yaml"
+            path.write_text(first.stdout)
+            self.assertEqual(run(DSV3, "config", path).stdout, first.stdout)
+
+    def test_layouts_of_more_processes_are_planned_but_not_trained(self):
+        config = ROOT / "configs" / "deepseek_v3_tiny.yaml"
+        layout = "parallel.tensor_parallel_size=2"
+        self.assertEqual(run(DSV3, "plan", config, layout).returncode, 0)
+        with tempfile.TemporaryDirectory() as directory:
+            result = run(DSV3, "train", config, layout, "--out", Path(directory) / "run")
+        self.assert_one_sentence(result, 2, "tp(2)", "parallel.tensor_parallel_size=1")
+
+    def test_a_reader_that_stops_early_is_no_error(self):
+        for command in ("--help", "verify --no-self-test"):
+            with self.subTest(command):
+                result = run("bash", "-c", f"set -o pipefail; '{DSV3}' {command} | head -c 1 >/dev/null")
+                self.assertEqual((result.returncode, result.stderr), (0, ""))
+
+    def test_a_full_disk_is_an_error(self):
+        with open("/dev/full", "w") as full:
+            result = run(DSV3, "verify", "--no-self-test", stdout=full)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("No space left", result.stderr)
+
+    def test_verify_checks_every_operator_and_colours_nothing_in_a_file(self):
+        result = run(DSV3, "verify")
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        for row in ("compiler", "LibTorch", "CPU", "threads", "CUDA", "GPU", "cuDNN", "NCCL", "MPI"):
+            self.assertRegex(result.stdout, rf"(?m)^  {row} +(on|off) +\S")
+        for operator in ("rms_norm", "attention", "grouped_linear", "route", "combine", "head_cross_entropy"):
+            self.assertRegex(result.stdout, rf"(?m)^  {operator} +cpu +fp32 .* ok")
+        self.assertNotIn("\033", result.stdout)
+
+
+class Scripts(unittest.TestCase):
+    def test_every_script_has_help(self):
+        for script in sorted((ROOT / "scripts").glob("*.sh")):
+            if script.name == "lib.sh":
+                continue
+            with self.subTest(script.name):
+                result = run(script, "--help")
+                self.assertEqual((result.returncode, result.stderr), (0, ""))
+                self.assertIn(f"scripts/{script.name}", result.stdout)
+
+    def test_wrong_arguments_give_one_sentence(self):
+        for command in ("setup.sh --nope", "build_kernels.sh --nope", "format.sh --nope", "fetch_text.sh nope",
+                        "train.sh no/such.yaml", "train.sh deepseek_v3_tiny.yaml"):
+            script, argument = command.split()
+            with self.subTest(command):
+                result = run(ROOT / "scripts" / script, argument)
+                self.assertEqual((result.returncode, result.stdout), (1, ""))
+                self.assertRegex(result.stderr, rf"\A{re.escape(script)}: error: [^\n]+\n\Z")
+
+    def test_setup_refuses_a_directory_without_libtorch(self):
+        with tempfile.TemporaryDirectory() as copy:
+            run("cp", "-r", ROOT / "scripts", copy)
+            result = run(f"{copy}/scripts/setup.sh", env=os.environ | {"LIBTORCH": copy})
+            self.assertEqual(result.returncode, 1)
+            self.assertRegex(result.stderr, r"LIBTORCH=\S+ holds no include/ATen/core/Tensor.h")
+            self.assertFalse((Path(copy) / "third_party" / "libtorch").exists())
+
+
+class Layers(unittest.TestCase):
+    def check(self, files):
+        with tempfile.TemporaryDirectory() as root:
+            for name, text in files.items():
+                path = Path(root) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            return run(sys.executable, ROOT / "tools" / "check_layers.py", root)
+
+    def test_the_source_keeps_to_the_table(self):
+        result = run(sys.executable, ROOT / "tools" / "check_layers.py")
+        self.assertEqual(result.returncode, 0, result.stdout)
+
+    def test_each_violation_is_named_with_its_place(self):
+        cases = {
+            "src/base/a.h": ('#include "config/config.h"', "base may include only itself"),
+            "src/config/b.h": ("#include <ATen/core/Tensor.h>", "config sees no LibTorch"),
+            "src/kernels/c.cu": ("#include <c10/util/Exception.h>", "CUDA sources know nothing of LibTorch"),
+            "src/ops/d.cpp": ("#include <torch/torch.h>", "torch/torch.h is banned"),
+            "src/nn/e.cpp": ("struct X : torch::nn::Module {};", "torch::nn is banned"),
+            "src/nn/f.cpp": ('#include "parameter.h"', "paths start at src/"),
+            "src/other/g.cpp": ("", "no room called other"),
+            "tests/ops/h.cpp": ("#include <ATen/ATen.h>", "ATen/ATen.h is banned"),
+            "src/kernels/i.cu": ("#include <thrust/sort.h>", "narrow CUB header"),
+        }
+        for name, (line, reason) in cases.items():
+            with self.subTest(name):
+                result = self.check({name: line + "\n"})
+                self.assertEqual(result.returncode, 1)
+                self.assertRegex(result.stdout, rf"(?m)^{re.escape(name)}:1: .*{re.escape(reason)}")
+
+    def test_allowed_includes_pass(self):
+        result = self.check({"src/ops/a.cpp": '#include "ops/a.h"\n#include "kernels/k.h"\n#include <ATen/ops/mm.h>\n'})
+        self.assertEqual(result.returncode, 0, result.stdout)
+
+
+class Totals(unittest.TestCase):
+    def count(self, ctest, reports):
+        with tempfile.TemporaryDirectory() as directory:
+            junit = Path(directory) / "ctest.xml"
+            junit.write_text(f"<testsuite>{ctest}</testsuite>")
+            for name, cases in reports.items():
+                (Path(directory) / f"{name}.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+            result = run(sys.executable, ROOT / "tools" / "count_tests.py", junit, directory)
+        return result.returncode, result.stdout.splitlines()[-1]
+
+    PASSED = '<testcase name="p" classname="S" status="run" result="completed"/>'
+    FAILED = '<testcase name="f" classname="S" status="run" result="completed"><failure message="x"/></testcase>'
+    SKIPPED = '<testcase name="s" classname="S" status="run" result="skipped"><skipped message="no GPU"/></testcase>'
+
+    def test_cases_are_added_up(self):
+        run_ok = '<testcase name="a_test" status="run"/><testcase name="plain" status="run"/>'
+        self.assertEqual(self.count(run_ok, {"a_test": self.PASSED * 3 + self.SKIPPED}), (0, "4 passed, 0 failed, 1 skipped"))
+        failed = '<testcase name="a_test" status="fail"/>'
+        self.assertEqual(self.count(failed, {"a_test": self.PASSED + self.FAILED}), (1, "1 passed, 1 failed, 0 skipped"))
+
+    def test_what_did_not_run_or_crashed_has_failed(self):
+        crashed = '<testcase name="a_test" status="fail"><system-out>Segfault</system-out></testcase>'
+        self.assertEqual(self.count(crashed, {"a_test": self.PASSED}), (1, "1 passed, 1 failed, 0 skipped"))
+        self.assertEqual(self.count(crashed, {}), (1, "0 passed, 1 failed, 0 skipped"))
+        unbuilt = '<testcase name="a" status="notrun"><skipped message="Unable to find executable"/></testcase>'
+        self.assertEqual(self.count(unbuilt, {}), (1, "0 passed, 1 failed, 0 skipped"))
+        self.assertEqual(self.count("", {}), (1, "0 passed, 0 failed, 0 skipped"))
+
+    def test_skips_and_totals_of_scripts(self):
+        skipped = '<testcase name="a" status="notrun"><skipped message="SKIP_RETURN_CODE=77"/></testcase>'
+        totals = '<testcase name="b" status="run"><system-out>x\n5 passed, 0 failed, 2 skipped\n</system-out></testcase>'
+        self.assertEqual(self.count(skipped + totals, {}), (0, "5 passed, 0 failed, 3 skipped"))
+
+
+def main():
+    global DSV3
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dsv3", required=True)
+    arguments, rest = parser.parse_known_args()
+    DSV3 = str(Path(arguments.dsv3).resolve())
+    result = unittest.main(argv=[sys.argv[0], *rest], exit=False).result
+    failed = len(result.failures) + len(result.errors)
+    skipped = len(result.skipped)
+    print(f"{max(0, result.testsRun - failed - skipped)} passed, {failed} failed, {skipped} skipped", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
