@@ -107,7 +107,7 @@ void print_evaluation(const OpenedModel& opened, const Evaluation& result, bool 
     json["checkpoint"] = opened.checkpoint.string();
     json["loss"] = result.loss;
     json["perplexity"] = std::exp(result.loss);
-    json["bits_per_byte"] = result.bits_per_byte;
+    if (result.bytes > 0) json["bits_per_byte"] = result.bits_per_byte;
     json["accuracy"] = result.accuracy;
     json["tokens"] = result.tokens;
     json["bytes"] = result.bytes;
@@ -120,7 +120,7 @@ void print_evaluation(const OpenedModel& opened, const Evaluation& result, bool 
   fmt::print("bytes           {}\n", result.bytes);
   fmt::print("loss            {:.5f} nats per token\n", result.loss);
   fmt::print("perplexity      {:.4f}\n", std::exp(result.loss));
-  fmt::print("bits per byte   {:.5f}\n", result.bits_per_byte);
+  if (result.bytes > 0) fmt::print("bits per byte   {:.5f}\n", result.bits_per_byte);
   fmt::print("accuracy        {:.2f} % of next tokens\n", 100 * result.accuracy);
   fmt::print("time            {:.1f} s, {:.0f} tokens/s\n", result.seconds,
              static_cast<double>(result.tokens) / std::max(result.seconds, 1e-9));

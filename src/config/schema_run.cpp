@@ -58,7 +58,9 @@ constexpr Field kRun[] = {
      kSplits},
     {"data.jsonl_field", DSV3_SLOT(data.jsonl_field), "",
      "field of a JSONL line that holds the text of its document"},
-    {"data.tokenizer", DSV3_SLOT(data.tokenizer), "", "bytes, or the path of a tokenizer"},
+    {"data.tokenizer", DSV3_SLOT(data.tokenizer), "",
+     "bytes, or ids:V[:EOD] for V token ids that another program made, of which EOD ends "
+     "documents"},
     {"data.sequence_length",
      DSV3_SLOT(data.sequence_length),
      "tokens",

@@ -105,7 +105,7 @@ std::optional<Evaluation> Trainer::evaluate_now() {
   if (!result.complete) return std::nullopt;
   Record record{.step = steps_done_, .values = {}};
   record.add(metric::kEvalLoss, result.loss);
-  record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
+  if (result.bytes > 0) record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalAccuracy, result.accuracy);
   record.add(metric::kEvalTokens, static_cast<double>(result.tokens));
   record.add(metric::kEvalTime, result.seconds);
