@@ -117,8 +117,8 @@ void AtomicFile::write(const void* data, size_t size) {
 
 void AtomicFile::commit() {
   if (::fsync(fd_) != 0) io_error("sync", temporary_);
-  if (::close(std::exchange(fd_, -1)) != 0) io_error("close", temporary_);
-  if (::rename(temporary_.c_str(), path_.c_str()) != 0) io_error("rename", temporary_);
+  if (::rename(temporary_.c_str(), path_.c_str()) != 0) io_error("write", path_);
+  if (::close(std::exchange(fd_, -1)) != 0) io_error("close", path_);
   sync_directory(path_.parent_path());
 }
 

@@ -43,7 +43,12 @@ Loss is in nats per token; perplexity is e^loss; bits per byte are those of the 
 std::vector<int32_t> read_tokens(const std::string& path, int64_t vocab_size) {
   nlohmann::json json;
   try {
-    json = nlohmann::json::parse(read_file(path));
+    // Anything deeper than a list of numbers is refused before it can exhaust the stack.
+    const auto shallow = [&path](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+      require(depth <= 2, "{}: expected a list of token ids, as in [0, 17, 4]", path);
+      return true;
+    };
+    json = nlohmann::json::parse(read_file(path), shallow);
   } catch (const nlohmann::json::exception& error) {
     invalid("{}: not valid JSON ({})", path, error.what());
   }

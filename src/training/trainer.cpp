@@ -59,7 +59,7 @@ void Trainer::build_model() {
   model_ = std::make_unique<Model>(config_.model, parameters_);
   if (!config_.optimizer.decay_embeddings) {
     for (auto& parameter : parameters_.parameters())
-      if (parameter.spec.layer == -1) parameter.spec.decay = false;
+      if (parameter.spec.vocabulary) parameter.spec.decay = false;
   }
   parameters_.allocate({.dtype = config_.model.dtype,
                         .gradient_dtype = config_.optimizer.gradient_dtype,

@@ -218,6 +218,83 @@ class Totals(unittest.TestCase):
         self.assertEqual(self.count(skipped + totals, {}), (0, "5 passed, 0 failed, 3 skipped"))
 
 
+class TrainedRun(unittest.TestCase):
+    """What people do with a run, on one of two steps."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = tempfile.TemporaryDirectory()
+        cls.directory = Path(cls.place.name)
+        (cls.directory / "text.txt").write_text("In the beginning was the Word.\n" * 200)
+        (cls.directory / "run.yaml").write_text(
+            "model: {num_layers: 2, hidden_size: 32, mla: {num_heads: 2, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8,"
+            " v_head_dim: 8}, moe: {num_experts: 4, num_experts_per_token: 2}}\n"
+            f"data: {{train: {cls.directory}/text.txt, document_split: line, validation_every: 20, sequence_length: 32}}\n"
+            "training: {steps: 2, micro_batch_size: 2, global_batch_size: 4, sample_tokens: 4, device: cpu}\n")
+        cls.run_directory = cls.directory / "run"
+        cls.trained = run(DSV3, "train", cls.directory / "run.yaml", "--out", cls.run_directory)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.place.cleanup()
+
+    def eval_tokens(self, text):
+        path = self.directory / "tokens.json"
+        path.write_text(text)
+        return run(DSV3, "eval", self.run_directory, "--tokens", path, "--logits", self.directory / "logits.safetensors", "--device", "cpu")
+
+    def test_it_trains(self):
+        self.assertEqual(self.trained.returncode, 0, self.trained.stderr)
+        self.assertIn("saved", self.trained.stdout)
+
+    def test_logits_of_tokens(self):
+        result = self.eval_tokens("[1, 2, 3]")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertTrue((self.directory / "logits.safetensors").exists())
+
+    def test_bad_tokens_are_one_sentence(self):
+        for text in ("", "{}", "[]", "[1.5]", "[-1]", "[264]", "[[1]]", "[1e99]", "[" * 100000, '{"a":' * 100000):
+            with self.subTest(text[:10]):
+                result = self.eval_tokens(text)
+                self.assertEqual(result.returncode, 2, result.stderr[:300])
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]*tokens\.json[^\n]*\n\Z")
+
+    def test_eval_of_what_is_not_there(self):
+        for target, data in ((self.directory / "nothing", None), (self.directory, None), (self.run_directory, self.directory / "none.txt")):
+            with self.subTest(str(data or target)):
+                result = run(DSV3, "eval", target, *([data] if data else []), "--device", "cpu")
+                self.assertIn(result.returncode, (1, 2))
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
+                self.assertIn(str(data or target), result.stderr)
+
+    def test_generate_prints_the_prompt_and_more(self):
+        result = run(DSV3, "generate", self.run_directory, "--prompt", "In the", "--tokens", "5", "--device", "cpu")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertTrue(result.stdout.startswith("In the"))
+
+    def test_a_pipe_is_read_whole(self):
+        text = "".join(f"verse {i}\n" for i in range(3000))
+        (self.directory / "verses.txt").write_text(text)
+        command = f'"{DSV3}" data tokenize <(cat "{self.directory}/verses.txt") --out "{self.directory}/piped.tokens"'
+        result = run("bash", "-c", command)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn(f"{len(text):,} tokens", result.stdout)
+
+    def test_tokenize_errors_are_one_sentence(self):
+        (self.directory / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+        cases = ((["none.txt"], "none.txt"), (["bad.jsonl"], "bad.jsonl"), (["text.txt", "--tokenizer", "ids:300"], "ids:300"))
+        for arguments, word in cases:
+            with self.subTest(word):
+                result = run(DSV3, "data", "tokenize", *arguments, "--out", "x.tokens", cwd=self.directory)
+                self.assertIn(result.returncode, (1, 2))
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
+                self.assertIn(word, result.stderr)
+                self.assertFalse((self.directory / "x.tokens").exists())
+        result = run(DSV3, "data", "tokenize", "text.txt", "--out", self.run_directory, cwd=self.directory)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertFalse(Path(f"{self.run_directory}.tmp").exists())
+
+
 def main():
     global DSV3
     parser = argparse.ArgumentParser()
