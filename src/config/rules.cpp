@@ -195,4 +195,18 @@ void require_single_process(const ParallelConfig& parallel) {
           layout(parallel, replicas(parallel)), processes, overrides);
 }
 
+void require_cuda_widths(const ModelConfig& model) {
+  if (model.dtype != DType::kBF16) return;
+  const std::pair<const char*, int64_t> widths[] = {
+      {"model.hidden_size", model.hidden_size},
+      {"model.intermediate_size", model.intermediate_size},
+      {"model.moe.moe_intermediate_size",
+       model.moe.num_experts > 0 ? model.moe.moe_intermediate_size : 0}};
+  for (const auto& [key, width] : widths) {
+    require(width % 8 == 0,
+            "{}: {}, but in bf16 on a GPU it must be a multiple of 8 (or take model.dtype=fp32)",
+            key, width);
+  }
+}
+
 }  // namespace dsv3

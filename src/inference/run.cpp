@@ -42,6 +42,7 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
     // Some files name ids beyond the vocabulary; no token can be one of those.
     if (id >= 0 && id < config.vocab_size) opened.stop_tokens.push_back(static_cast<int32_t>(id));
   }
+  if (options.device.is_cuda()) require_cuda_widths(config);
   opened.parameters = std::make_unique<ParameterSet>();
   opened.model = std::make_unique<Model>(config, *opened.parameters);
   try {

@@ -16,6 +16,7 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
       options_(std::move(options)),
       device_(choose_device(config.training.device)) {
   require_single_process(config_.parallel);
+  if (device_.is_cuda()) require_cuda_widths(config_.model);
   require(config_.training.steps > 0, "training.steps: {}, but a run needs at least 1",
           config_.training.steps);
   configure_process(config_.training.num_threads, config_.training.deterministic);

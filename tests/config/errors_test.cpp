@@ -226,6 +226,23 @@ TEST(ConfigRules, LimitsOfTheKernels) {
             std::string::npos);
 }
 
+TEST(ConfigRules, WidthsOfAGpusProducts) {
+  const auto refused = [](const std::string& yaml) {
+    try {
+      require_cuda_widths(testing::load(yaml).model);
+    } catch (const std::invalid_argument& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_NE(refused("model: {hidden_size: 65}").find("model.hidden_size: 65"), std::string::npos);
+  EXPECT_NE(refused("model: {moe: {num_experts: 8, moe_intermediate_size: 33}}")
+                .find("model.moe.moe_intermediate_size: 33"),
+            std::string::npos);
+  EXPECT_EQ(refused("model: {hidden_size: 64}"), "");
+  EXPECT_EQ(refused("model: {hidden_size: 65, dtype: fp32}"), "");
+}
+
 TEST(ConfigRules, BatchLengthAndData) {
   EXPECT_EQ(error_of("training: {micro_batch_size: 3, global_batch_size: 8}"),
             "run.yaml:1:33: training.global_batch_size: global_batch_size(8) must be a multiple of "
