@@ -91,7 +91,10 @@ std::string json_lines(const CaseResult& result, const RunOptions& options,
 
 std::string json_plan(const Benchmark& benchmark, const Problem& problem,
                       const std::string& device) {
-  return case_json(benchmark.name, problem, benchmark.plan(problem), device).dump() + "\n";
+  const Plan plan = benchmark.plan(problem);
+  Json json = case_json(benchmark.name, problem, plan, device);
+  json["allocated"] = std::max(plan.bytes, plan.allocated);
+  return json.dump() + "\n";
 }
 
 std::string table(const std::vector<CaseResult>& results) {
