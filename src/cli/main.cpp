@@ -77,6 +77,7 @@ void add_commands(CLI::App& app) {
   add_eval_command(app);
   add_generate_command(app);
   add_data_command(app);
+  add_bench_command(app);
   add_verify_command(app);
 }
 

@@ -3,6 +3,7 @@
 Usage: cli_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs Python's standard library only.
 """
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DSV3 = ""
-COMMANDS = ["train", "config", "plan", "eval", "generate", "data", "verify"]
+COMMANDS = ["train", "config", "plan", "eval", "generate", "data", "bench", "verify"]
 
 
 def run(*command, **options):
@@ -120,6 +121,63 @@ class Program(unittest.TestCase):
         self.assertNotIn("\033", result.stdout)
 
 
+class Bench(unittest.TestCase):
+    assert_one_sentence = Program.assert_one_sentence
+
+    def names(self):
+        result = run(DSV3, "bench", "op", "--list")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        return [line.split()[0] for line in result.stdout.splitlines()]
+
+    def test_list_names_every_family_once(self):
+        names = self.names()
+        self.assertEqual(len(names), len(set(names)))
+        for name in ("rms_norm_forward", "rms_norm_backward", "swiglu_forward", "rope_query_forward", "cross_entropy",
+                     "embedding_backward", "route_forward", "permute_forward", "combine_backward", "adamw"):
+            self.assertIn(name, names)
+
+    def test_plans_state_the_sizes_of_all_three_models(self):
+        result = run(DSV3, "bench", "op", "rms_norm_forward", "--dry-run", "--tokens", 10, "--dtype", "fp32", "--device", "cpu")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        plans = {plan["shape"]: plan for plan in map(json.loads, result.stdout.splitlines())}
+        self.assertEqual({name: plan["dims"]["D"] for name, plan in plans.items()}, {"v3": 7168, "lite12": 2048, "small": 1024})
+        # x and y, the weight, 1/rms of each row.
+        self.assertEqual(plans["small"]["bytes"], 4 * (2 * 10 * 1024 + 1024 + 10))
+
+    def test_every_operator_gives_a_line_for_each_way(self):
+        names = self.names()
+        for dtype in ("fp32", "bf16"):
+            with self.subTest(dtype):
+                result = run(DSV3, "bench", "op", "--shape", "small", "--tokens", 5, "--rounds", 1, "--device", "cpu",
+                             "--dtype", dtype, "--seed", 7, "--table")
+                self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+                rows = [json.loads(line) for line in result.stdout.splitlines()]
+                self.assertEqual([(row["op"], row["way"]) for row in rows],
+                                 [(name, way) for name in names for way in ("ours", "composed")])
+                for row in rows:
+                    self.assertNotIn("error", row)
+                    self.assertEqual((row["shape"], row["dtype"], row["seed"], row["timed"]), ("small", dtype, 7, "clock"))
+                    self.assertTrue(0 < row["min_us"] <= row["median_us"], row)
+                    self.assertAlmostEqual(row["gbps"], row["bytes"] / row["median_us"] / 1e3, delta=2e-3 * row["gbps"])
+                    self.assertAlmostEqual(row["percent_of_copy"], 100 * row["gbps"] / row["copy_gbps"],
+                                           delta=3e-3 * row["percent_of_copy"])
+                for name in names:
+                    self.assertRegex(result.stderr, rf"(?m)^{name} +small ")
+
+    def test_a_word_selects_what_begins_with_it(self):
+        result = run(DSV3, "bench", "op", "rms_norm", "swiglu_forward", "--dry-run", "--shape", "small", "--device", "cpu")
+        picked = [json.loads(line)["op"] for line in result.stdout.splitlines()]
+        self.assertEqual(picked, [name for name in self.names() if name.startswith("rms_norm_") or name == "swiglu_forward"])
+        self.assertGreater(len(picked), 2)
+
+    def test_wrong_names_and_options(self):
+        self.assert_one_sentence(run(DSV3, "bench", "op", "swiglu_foward"), 2, "'swiglu_foward'", "did you mean 'swiglu_forward'?")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "xyzzy"), 2, "'xyzzy'", "--list")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "--shape", "huge"), 2, "huge", "lite12")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "--tokens", "0"), 2, "--tokens")
+        self.assert_one_sentence(run(DSV3, "bench"), 2, "dsv3 bench --help")
+
+
 class Scripts(unittest.TestCase):
     def test_every_script_has_help(self):
         for script in sorted((ROOT / "scripts").glob("*.sh")):
@@ -172,6 +230,7 @@ class Layers(unittest.TestCase):
             "src/other/g.cpp": ("", "no room called other"),
             "tests/ops/h.cpp": ("#include <ATen/ATen.h>", "ATen/ATen.h is banned"),
             "src/kernels/i.cu": ("#include <thrust/sort.h>", "narrow CUB header"),
+            "bench/ops/j.cpp": ('#include "training/trainer.h"', "bench may include only"),
         }
         for name, (line, reason) in cases.items():
             with self.subTest(name):
