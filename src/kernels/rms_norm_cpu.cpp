@@ -14,9 +14,9 @@ constexpr int64_t kMaxPartials = 528;
 constexpr int64_t kRowsPerPartial = 16;
 }  // namespace
 
-int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden) {
+int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden, bool second) {
   const int64_t blocks = (num_tokens + kRowsPerPartial - 1) / kRowsPerPartial;
-  return std::min(std::max<int64_t>(blocks, 1), kMaxPartials) * hidden;
+  return std::min(std::max<int64_t>(blocks, 1), kMaxPartials) * hidden * (second ? 2 : 1);
 }
 
 namespace cpu {
