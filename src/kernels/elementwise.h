@@ -34,8 +34,8 @@ struct RmsNormForward {
   float* inv_rms;                       // [T], saved for backward; may be null
   const void* second_weight = nullptr;  // [D], may be null
   void* second_y = nullptr;             // [T, D] contiguous, given exactly when second_weight is
-  ScaleRule rule;                       // of `quantized`
-  Fp8Rows quantized;                    // y in 1×128 tiles, may be empty
+  ScaleRule rule = {};                  // of `quantized`
+  Fp8Rows quantized = {};               // y in 1×128 tiles, may be empty
 };
 
 /// With x̂ = x · inv_rms and g = dy·weight (+ second_dy·second_weight): dx[t] = dsum[t] +
@@ -71,9 +71,9 @@ struct SwigluForward {
   const void* gate_up;                // [T, 2I] contiguous
   void* y;                            // [T, I] contiguous; may be null with an FP8 form
   const float* row_weight = nullptr;  // [T], null = 1: the routing weight of an expert's row
-  ScaleRule rule;                     // of the FP8 forms
-  Fp8Rows rows;                       // y [T, I] in 1×128 tiles, may be empty
-  Fp8Columns columns;                 // yᵀ [I, Tp] in 128×1 tiles, may be empty
+  ScaleRule rule = {};                // of the FP8 forms
+  Fp8Rows rows = {};                  // y [T, I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};            // yᵀ [I, Tp] in 128×1 tiles, may be empty
 };
 
 /// With d = dy · row_weight: dgate = d · up · σ(g) · (1 + g · (1 - σ(g))), dup = d · silu(g);
@@ -89,9 +89,9 @@ struct SwigluBackward {
   float* drow_weight = nullptr;       // [T], may be null
   float* scratch =
       nullptr;  // swiglu_backward_scratch() floats, used for drow_weight with an FP8 form
-  ScaleRule rule;
-  Fp8Rows rows;        // dgate_up [T, 2I] in 1×128 tiles, may be empty
-  Fp8Columns columns;  // its transpose [2I, Tp] in 128×1 tiles, may be empty
+  ScaleRule rule = {};
+  Fp8Rows rows = {};        // dgate_up [T, 2I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};  // its transpose [2I, Tp] in 128×1 tiles, may be empty
 };
 int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate);
 

@@ -63,10 +63,10 @@ struct QuantizeTiles {
   const void* x;                    // [T, K], rows x_stride apart
   const float* x_scales = nullptr;  // of kF8E4M3: as Fp8Rows::scales
   int64_t x_scale_stride = 0;
-  ScaleRule rule;
-  Fp8Rows rows;
-  Fp8Columns columns;
-  RaggedGroups groups;
+  ScaleRule rule = {};
+  Fp8Rows rows = {};
+  Fp8Columns columns = {};
+  RaggedGroups groups = {};
 };
 
 /// 128×128 blocks: weights. Block (i, j) has scales[i · scale_stride + j].
@@ -76,7 +76,7 @@ struct QuantizeBlocks {
   int64_t x_stride;  // of x's rows
   DType dtype;       // of x: kF32 or kBF16
   const void* x;     // [N, K], rows x_stride apart
-  ScaleRule rule;
+  ScaleRule rule = {};
   uint8_t* data;         // [N, K] contiguous
   float* scales;         // [ceil(N / 128), scale_stride]
   int64_t scale_stride;  // ≥ ceil(K / 128)
@@ -111,7 +111,7 @@ struct LatentCacheWrite {
   const void* latent;     // [T, C]: normalised c_kv
   const void* rope;       // [T, R]: the rotated shared key
   const int32_t* slots;   // [T]: where token t goes; outside [0, num_slots): nowhere. No slot twice
-  ScaleRule rule;         // of kF8E4M3
+  ScaleRule rule = {};    // of kF8E4M3
   DType cache_dtype;      // kBF16 or kF8E4M3
   void* cache;            // [num_slots, latent_cache_bytes()], 16-byte aligned
 };
