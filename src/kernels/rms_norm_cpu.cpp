@@ -1,7 +1,7 @@
-// RMSNorm on the host: threads over rows, two passes over a row that stays in the first cache
-// levels; large results are written past the caches. The weight's gradient is summed over fixed
-// blocks of rows, then over the blocks in order, so that the number of threads does not change a
-// bit.
+// RMSNorm on the host: threads over rows, a few passes over a row that stays in the first
+// cache levels; large results are written past the caches. The weight's gradient is summed over
+// fixed blocks of rows, then over the blocks in order, so that the number of threads does not
+// change a bit.
 #include <cmath>
 
 #include "kernels/detail/cpu.h"
@@ -27,34 +27,17 @@ namespace {
 
 constexpr int64_t kHostRowsPerPartial = 64;
 constexpr int64_t kHostMaxPartials = 64;
+/// Elements of a row that a thread keeps while it is normalised.
+constexpr int64_t kKeptRow = 8192;
 
-/// s = x (+ residual, into `sum`); returns Σ s².
+/// out = x + residual.
 template <typename T>
-DSV3_INLINE float sum_of_squares(const RmsNormForward& p, int64_t t, const T*& x) {
-  const int64_t D = p.hidden;
-  float squares = 0.0f;
-  if (p.residual != nullptr) {
-    const T* __restrict from = x;
-    const T* __restrict residual = static_cast<const T*>(p.residual) + t * D;
-    T* __restrict sum = static_cast<T*>(p.sum) + t * D;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < D; ++d) {
-      T rounded;
-      detail::store(&rounded, detail::load(&from[d]) + detail::load(&residual[d]));
-      sum[d] = rounded;
-      const float s = detail::load(&rounded);
-      squares += s * s;
-    }
-    x = sum;
-  } else {
-    const T* __restrict from = x;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < D; ++d) {
-      const float s = detail::load(&from[d]);
-      squares += s * s;
-    }
+DSV3_INLINE void add_row(const T* __restrict x, const T* __restrict residual, int64_t size,
+                         T* __restrict out) {
+#pragma omp simd
+  for (int64_t d = 0; d < size; ++d) {
+    detail::store(&out[d], detail::load(&x[d]) + detail::load(&residual[d]));
   }
-  return squares;
 }
 
 template <typename T>
@@ -94,9 +77,18 @@ DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __res
 template <typename T>
 DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t D = p.hidden;
+  alignas(64) T kept[kKeptRow];
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
-    const float squares = sum_of_squares(p, t, x);
+    if (p.residual != nullptr) {
+      T* sum = static_cast<T*>(p.sum) + t * D;
+      // A streamed row is read again from here.
+      T* to = streamed && D <= kKeptRow ? kept : sum;
+      add_row(x, static_cast<const T*>(p.residual) + t * D, D, to);
+      if (to != sum) detail::stream_bytes(sum, to, D * static_cast<int64_t>(sizeof(T)));
+      x = to;
+    }
+    const float squares = detail::dot_rows(x, x, D);
     const float inv_rms = 1.0f / std::sqrt(squares / static_cast<float>(D) + p.eps);
     if (p.inv_rms != nullptr) p.inv_rms[t] = inv_rms;
     if (p.y != nullptr) {
@@ -126,6 +118,28 @@ DSV3_INLINE float weighted(const BackwardRow<T>& row, int64_t d) {
     g += detail::load(&row.second_dy[d]) * detail::load(&row.second_weight[d]);
   }
   return g;
+}
+
+/// Σ dy·weight · x, in an order that depends on the size only.
+template <bool kSecond, typename T>
+DSV3_INLINE float weighted_dot(const BackwardRow<T>& row, int64_t size) {
+  detail::LaneFloats sum = {}, g, w, v;
+  int64_t d = 0;
+  for (; d + detail::kLanes <= size; d += detail::kLanes) {
+    detail::load_lanes(row.dy + d, g);
+    detail::load_lanes(row.weight + d, w);
+    g *= w;
+    if constexpr (kSecond) {
+      detail::load_lanes(row.second_dy + d, v);
+      detail::load_lanes(row.second_weight + d, w);
+      g += v * w;
+    }
+    detail::load_lanes(row.x + d, v);
+    sum += g * v;
+  }
+  float total = detail::sum_of_lanes(sum);
+  for (; d < size; ++d) total += weighted<kSecond>(row, d) * detail::load(&row.x[d]);
+  return total;
 }
 
 /// partial += dy · x̂.
@@ -168,9 +182,7 @@ DSV3_INLINE void backward_body(const RmsNormBackward& p, int64_t begin, int64_t 
     const BackwardRow<T> row{at(p.dy, D),        at(p.x, p.x_stride),    at(p.weight, 0),
                              at(p.second_dy, D), at(p.second_weight, 0), at(p.dsum, D)};
     const float inv_rms = p.inv_rms[t];
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t d = 0; d < D; ++d) dot += weighted<kSecond>(row, d) * detail::load(&row.x[d]);
+    const float dot = weighted_dot<kSecond>(row, D);
     if (partial != nullptr) {
       add_weight_share(row.dy, row.x, inv_rms, D, partial);
       if constexpr (kSecond) add_weight_share(row.second_dy, row.x, inv_rms, D, partial + D);
