@@ -4,6 +4,7 @@
 
 #include "base/dtype.h"
 #include "kernels/kernel.h"
+#include "kernels/quantize.h"
 
 // Row-by-row work that is bound by memory: norm, SwiGLU, rotary embedding, the embedding table.
 // Letters: T tokens, D hidden, I intermediate, H heads, N nope dims, R rope dims, Vd value dims, V
@@ -16,22 +17,30 @@ namespace dsv3::kernels {
 /// s = x (+ residual); y[t] = s[t] · inv_rms[t] · weight, inv_rms[t] = 1 / sqrt(mean(s[t]²) + eps).
 /// Zhang & Sennrich 2019, arXiv:1910.07467. Reads T·D (twice with residual), writes T·D (twice).
 /// Note: with a residual the norm sees s as it was rounded into `sum`, so that backward agrees.
+/// Options: a second norm of the same s with its own weight; y in FP8 besides or instead of y,
+/// quantised from y as rounded to `dtype`, so that it has the bits of rms_norm and quantize_tiles
+/// in turn.
 struct RmsNormForward {
-  int64_t num_tokens;    // T
-  int64_t hidden;        // D
-  int64_t x_stride;      // of x's rows
-  float eps;             // added to the mean of squares
-  DType dtype;           // of x, residual, weight, sum, y
-  const void* x;         // [T, D], rows x_stride apart
-  const void* residual;  // [T, D] contiguous, may be null
-  const void* weight;    // [D]
-  void* sum;             // [T, D] contiguous, given exactly when residual is
-  void* y;               // [T, D] contiguous
-  float* inv_rms;        // [T], saved for backward; may be null
+  int64_t num_tokens;                   // T
+  int64_t hidden;                       // D
+  int64_t x_stride;                     // of x's rows
+  float eps;                            // added to the mean of squares
+  DType dtype;                          // of x, residual, weights, sum, y
+  const void* x;                        // [T, D], rows x_stride apart
+  const void* residual;                 // [T, D] contiguous, may be null
+  const void* weight;                   // [D]
+  void* sum;                            // [T, D] contiguous, given exactly when residual is
+  void* y;                              // [T, D] contiguous; may be null with `quantized`
+  float* inv_rms;                       // [T], saved for backward; may be null
+  const void* second_weight = nullptr;  // [D], may be null
+  void* second_y = nullptr;             // [T, D] contiguous, given exactly when second_weight is
+  ScaleRule rule = {};                  // of `quantized`
+  Fp8Rows quantized = {};               // y in 1×128 tiles, may be empty
 };
 
-/// With x̂ = x · inv_rms: dx[t] = dsum[t] + inv_rms · (dy·weight - x̂ · mean(dy·weight·x̂)), and
-/// dweight += Σ_t dy[t] · x̂[t], summed in FP32 in an order that depends on T and D only.
+/// With x̂ = x · inv_rms and g = dy·weight (+ second_dy·second_weight): dx[t] = dsum[t] +
+/// inv_rms · (g - x̂ · mean(g·x̂)), and dweight += Σ_t dy[t] · x̂[t] (second_dweight likewise), summed
+/// in FP32 in an order that depends on T and D only.
 struct RmsNormBackward {
   int64_t num_tokens;    // T
   int64_t hidden;        // D
@@ -45,28 +54,46 @@ struct RmsNormBackward {
   void* dx;              // [T, D] contiguous
   void* dweight;         // [D], ADDED to; may be null
   DType dweight_dtype;   // kF32 or kBF16
-  float* scratch;  // rms_norm_backward_scratch() floats, uninitialised; unused without dweight
+  float* scratch;  // rms_norm_backward_scratch() floats, uninitialised; unused without dweights
+  const void* second_dy = nullptr;      // [T, D] contiguous, may be null: one norm only
+  const void* second_weight = nullptr;  // [D], given exactly when second_dy is
+  void* second_dweight = nullptr;       // [D] of dweight_dtype, ADDED to; may be null
 };
-int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden);
+int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden, bool second = false);
 
-/// y[t] = silu(gate[t]) · up[t], gate_up[t] = [gate | up], silu(g) = g / (1 + e^-g).
+/// y[t] = silu(gate[t]) · up[t] · row_weight[t], gate_up[t] = [gate | up], silu(g) = g / (1 +
+/// e^-g). FP8 forms are quantised from y as rounded to `dtype`, besides or instead of y; gate_up is
+/// read once.
 struct SwigluForward {
-  int64_t num_tokens;    // T
-  int64_t intermediate;  // I
-  DType dtype;           // of gate_up, y
-  const void* gate_up;   // [T, 2I] contiguous
-  void* y;               // [T, I] contiguous
+  int64_t num_tokens;                 // T
+  int64_t intermediate;               // I
+  DType dtype;                        // of gate_up, y
+  const void* gate_up;                // [T, 2I] contiguous
+  void* y;                            // [T, I] contiguous; may be null with an FP8 form
+  const float* row_weight = nullptr;  // [T], null = 1: the routing weight of an expert's row
+  ScaleRule rule = {};                // of the FP8 forms
+  Fp8Rows rows = {};                  // y [T, I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};            // yᵀ [I, Tp] in 128×1 tiles, may be empty
 };
 
-/// dgate = dy · up · σ(g) · (1 + g · (1 - σ(g))), dup = dy · silu(g).
+/// With d = dy · row_weight: dgate = d · up · σ(g) · (1 + g · (1 - σ(g))), dup = d · silu(g);
+/// drow_weight[t] = Σ_i dy · silu(gate) · up, summed in FP32 in a fixed order. FP8 forms as above.
 struct SwigluBackward {
   int64_t num_tokens;
   int64_t intermediate;
   DType dtype;          // of dy, gate_up, dgate_up
   const void* dy;       // [T, I] contiguous
   const void* gate_up;  // [T, 2I] contiguous
-  void* dgate_up;       // [T, 2I] contiguous; may be gate_up itself
+  void* dgate_up;       // [T, 2I] contiguous; may be gate_up itself; may be null with an FP8 form
+  const float* row_weight = nullptr;  // [T], as in forward
+  float* drow_weight = nullptr;       // [T], may be null
+  float* scratch =
+      nullptr;  // swiglu_backward_scratch() floats, used for drow_weight with an FP8 form
+  ScaleRule rule = {};
+  Fp8Rows rows = {};        // dgate_up [T, 2I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};  // its transpose [2I, Tp] in 128×1 tiles, may be empty
 };
+int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate);
 
 /// The rotary table and where in it each token stands. Pairs are interleaved: (x0, x1) of pair i
 /// becomes (x0·cos - x1·sin, x1·cos + x0·sin) (Su et al. 2021, arXiv:2104.09864).

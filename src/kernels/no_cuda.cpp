@@ -33,6 +33,12 @@ DSV3_NO_CUDA(finish_norm, FinishNorm)
 // loss
 DSV3_NO_CUDA(cross_entropy, CrossEntropy)
 
+// quantize
+DSV3_NO_CUDA(quantize_tiles, QuantizeTiles)
+DSV3_NO_CUDA(quantize_blocks, QuantizeBlocks)
+DSV3_NO_CUDA(dequantize, Dequantize)
+DSV3_NO_CUDA(latent_cache_write, LatentCacheWrite)
+
 // routing
 DSV3_NO_CUDA(route_forward, RouteForward)
 DSV3_NO_CUDA(route_backward, RouteBackward)
