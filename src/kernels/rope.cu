@@ -11,7 +11,7 @@
 #include <string>
 
 #include "kernels/detail/group.cuh"
-#include "kernels/elementwise.h"
+#include "kernels/rope.h"
 
 namespace dsv3::kernels::cuda {
 namespace {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(RopeQuery p) {
   const int copies = N / kCopy, per_head = copies + R / kVec;
   const int units = static_cast<int>(p.num_heads) * per_head;
   const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
-  T* y = static_cast<T*>(p.y) + t * p.num_heads * (N + R);
+  T* y = static_cast<T*>(p.y) + t * p.y_stride;
   const float* cos_sin = p.table.cos_sin + int64_t{p.table.positions[t]} * R;
   const float sign = p.inverse ? -1.0f : 1.0f;
   for (int unit = threadIdx.x; unit < units; unit += kThreads) {
@@ -173,7 +173,7 @@ void rope_query(const RopeQuery& p, Stream stream) {
   if (p.num_tokens == 0 || p.num_heads == 0) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
   const cudaStream_t on = detail::cuda_stream(stream);
-  const bool vectorised = whole(p.nope_dim, p.table.rope_dim, p.x_stride) &&
+  const bool vectorised = whole(p.nope_dim, p.table.rope_dim, p.x_stride, p.y_stride) &&
                           detail::aligned16(p.x) && detail::aligned16(p.y) &&
                           detail::aligned16(p.table.cos_sin);
   detail::dispatch_float("rope_query", p.dtype, [&](auto* type) {

@@ -6,7 +6,7 @@
 #include <ATen/ops/stack.h>
 
 #include "base/error.h"
-#include "kernels/elementwise.h"
+#include "kernels/rope.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
 
@@ -49,6 +49,7 @@ at::Tensor rotate_query(const at::Tensor& x, const at::Tensor& cos_sin, const at
                        .table = table_of(cos_sin, positions),
                        .inverse = inverse,
                        .x_stride = q.stride(0),
+                       .y_stride = y.stride(0),
                        .dtype = dtype_of(q, "rope_query", "q"),
                        .x = q.const_data_ptr(),
                        .y = y.mutable_data_ptr()},
