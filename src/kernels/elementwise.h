@@ -6,11 +6,10 @@
 #include "kernels/kernel.h"
 #include "kernels/quantize.h"
 
-// Row-by-row work that is bound by memory: norm, SwiGLU, rotary embedding, the embedding table.
-// Letters: T tokens, D hidden, I intermediate, H heads, N nope dims, R rope dims, Vd value dims, V
-// vocabulary. Every dtype is kF32 or kBF16, arithmetic is FP32. A stride counts elements from one
-// row to the next; the last dim is contiguous. All functions throw std::invalid_argument on another
-// dtype, CudaError on a failed launch; T = 0 is allowed.
+// Row-by-row work that is bound by memory: norm, SwiGLU, the embedding table. Letters: T tokens, D
+// hidden, I intermediate, V vocabulary. Every dtype is kF32 or kBF16, arithmetic is FP32. A stride
+// counts elements from one row to the next; the last dim is contiguous. All functions throw
+// std::invalid_argument on another dtype, CudaError on a failed launch; T = 0 is allowed.
 
 namespace dsv3::kernels {
 
@@ -95,60 +94,6 @@ struct SwigluBackward {
 };
 int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate);
 
-/// The rotary table and where in it each token stands. Pairs are interleaved: (x0, x1) of pair i
-/// becomes (x0·cos - x1·sin, x1·cos + x0·sin) (Su et al. 2021, arXiv:2104.09864).
-struct RopeTable {
-  int64_t num_positions;     // P
-  int64_t rope_dim;          // R, even
-  const float* cos_sin;      // [P, R]: cos θ_0, sin θ_0, cos θ_1, …
-  const int32_t* positions;  // [T] in [0, P): std::invalid_argument on the host, undefined on CUDA
-};
-
-/// Copies the first N dims of every head and rotates the last R; `inverse` rotates back (the
-/// gradient). Reads and writes T·H·(N + R).
-struct RopeQuery {
-  int64_t num_tokens;  // T
-  int64_t num_heads;   // H
-  int64_t nope_dim;    // N
-  RopeTable table;
-  bool inverse;
-  int64_t x_stride;  // of x's tokens
-  DType dtype;       // of x, y
-  const void* x;     // [T, H, N + R], tokens x_stride apart
-  void* y;           // [T, H, N + R] contiguous; may be x itself when that is contiguous
-};
-
-/// k[t, h] = [kv[t, h, :N] | rotated k_rope[t]], the same rotated part for all heads.
-struct RopeKeyForward {
-  int64_t num_tokens;  // T
-  int64_t num_heads;   // H
-  int64_t nope_dim;    // N
-  int64_t value_dim;   // Vd
-  RopeTable table;
-  int64_t k_rope_stride;  // of k_rope's rows
-  DType dtype;            // of kv, k_rope, k
-  const void* kv;         // [T, H, N + Vd] contiguous
-  const void* k_rope;     // [T, R], rows k_rope_stride apart, not rotated
-  void* k;                // [T, H, N + R] contiguous
-};
-
-/// dkv[t, h] = [dk[t, h, :N] | dv[t, h]]; dk_rope[t] = rotated back Σ_h dk[t, h, N:], summed in
-/// FP32 in the order of heads (CUDA: in a fixed order).
-struct RopeKeyBackward {
-  int64_t num_tokens;
-  int64_t num_heads;
-  int64_t nope_dim;
-  int64_t value_dim;
-  RopeTable table;
-  int64_t dk_token_stride, dk_head_stride;
-  int64_t dv_token_stride, dv_head_stride;
-  DType dtype;     // of all
-  const void* dk;  // [T, H, N + R], may be null (= 0)
-  const void* dv;  // [T, H, Vd], may be null (= 0)
-  void* dkv;       // [T, H, N + Vd] contiguous
-  void* dk_rope;   // [T, R] contiguous
-};
-
 /// y[t] = table[ids[t]].
 struct EmbeddingForward {
   int64_t num_tokens;  // T
@@ -180,9 +125,6 @@ DSV3_DECLARE_KERNEL(rms_norm_forward, RmsNormForward)
 DSV3_DECLARE_KERNEL(rms_norm_backward, RmsNormBackward)
 DSV3_DECLARE_KERNEL(swiglu_forward, SwigluForward)
 DSV3_DECLARE_KERNEL(swiglu_backward, SwigluBackward)
-DSV3_DECLARE_KERNEL(rope_query, RopeQuery)
-DSV3_DECLARE_KERNEL(rope_key_forward, RopeKeyForward)
-DSV3_DECLARE_KERNEL(rope_key_backward, RopeKeyBackward)
 DSV3_DECLARE_KERNEL(embedding_forward, EmbeddingForward)
 DSV3_DECLARE_KERNEL(embedding_backward, EmbeddingBackward)
 
