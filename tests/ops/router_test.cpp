@@ -221,6 +221,36 @@ TEST_P(RouterTest, TheBiasChoosesAndTheWeightStaysTheAffinity) {
   EXPECT_NEAR(routing.weights[0][0].item<float>() / 9.3576e-14, 1.0, 1e-4);
 }
 
+// NUMERICS trap 4: near 0 the 1e-20 is as large as the scores and decides the weights; where they
+// vanish, it alone keeps 0/0 out of the weights and their gradient.
+TEST_P(RouterTest, WeightsOfVanishingScoresAreNormalisedWith1e20) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const RouterOptions options{.num_experts = 8, .num_experts_per_token = 3, .scale = 2.5};
+  for (const double level : {-44.0, -46.0, -60.0, -75.0, -200.0}) {
+    SCOPED_TRACE(testing::Message() << "logits near " << level);
+    at::Tensor logits = random.normal({9, 8}, at::kFloat, GetParam(), 0.5, level);
+    logits.set_requires_grad(true);
+    at::Tensor exact = logits.detach().to(at::kDouble).set_requires_grad(true);
+    const Routing routing = route(logits, {}, options);
+    const auto [scores, weights] = weights_of(exact, routing.experts, options);
+    const double expected = weights.detach().abs().max().item<double>();
+    EXPECT_LT(expected, level < -50 ? 1e-4 : 2.0);  // without the 1e-20 they sum to 2.5
+    if (level > -80) {
+      EXPECT_TRUE(close(routing.weights, weights, 1e-5));
+    } else {
+      EXPECT_EQ(routing.weights.abs().max().item<double>(), 0.0);
+    }
+    const at::Tensor dweights = random.normal(weights.sizes(), at::kFloat, GetParam());
+    (routing.weights * dweights).sum().backward();
+    (weights * dweights).sum().backward();
+    const at::Tensor error = logits.grad().to(at::kDouble) - exact.grad();
+    EXPECT_LE(error.norm().item<double>(), 1e-5 * exact.grad().norm().item<double>() + 1e-30)
+        << test::worst_element(logits.grad(), exact.grad());
+  }
+}
+
 TEST_P(RouterTest, UnchosenGroupsLoseEvenWhenEveryBiasIsNegative) {
   const auto float_options = at::TensorOptions(at::kFloat).device(GetParam());
   at::Tensor logits = at::zeros({1, 8}, float_options);
