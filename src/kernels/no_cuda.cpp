@@ -52,4 +52,8 @@ DSV3_NO_CUDA(permute_forward, PermuteForward)
 DSV3_NO_CUDA(combine_forward, CombineForward)
 DSV3_NO_CUDA(combine_backward, CombineBackward)
 
+// products
+DSV3_NO_CUDA(grouped_product, GroupedProduct)
+DSV3_NO_CUDA(grouped_weight_grad, GroupedWeightGrad)
+
 }  // namespace dsv3::kernels::cuda
