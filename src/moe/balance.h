@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "base/tensor_fwd.h"
 
 namespace dsv3 {
@@ -8,6 +10,10 @@ namespace dsv3 {
 ///   b_i += γ · sign(mean(load) - load_i).
 /// bias [E] FP32, changed in place; load [E]: tokens per expert over the whole global batch.
 void update_router_bias(at::Tensor& bias, const at::Tensor& load, double update_rate);
+
+/// How many of the `valid` tokens chose each expert: [E] int32 on their device. experts [T, K]
+/// int32 in [0, E), valid [T] bool. Nothing waits for the device.
+at::Tensor count_tokens(const at::Tensor& experts, const at::Tensor& valid, int64_t num_experts);
 
 /// max_i load_i / mean(load) - 1 (MaxVio, arXiv:2408.15664 §3); 0 when nothing was routed. Scalar
 /// tensor.

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "moe/balance.h"
 #include "ops/checkpoint.h"
 #include "ops/linear.h"
 #include "ops/permute.h"
@@ -117,10 +118,14 @@ at::Tensor Moe::forward(const ops::Remakable& input, const ForwardContext& conte
   at::Tensor y = ops::combine(outputs, routing.weights, permutation, base);
 
   if (statistics != nullptr) {
-    if (!ops::recomputing()) statistics->counts = permutation.counts;
+    if (!ops::recomputing()) {
+      statistics->counts = context.valid.defined()
+                               ? count_tokens(routing.experts, context.valid, moe.num_experts)
+                               : permutation.counts;
+    }
     if (moe.sequence_loss_alpha > 0) {
       statistics->balance_loss = ops::sequence_balance_loss(
-          routing.scores, at::Tensor(), context.num_sequences, moe.num_experts_per_token);
+          routing.scores, context.valid, context.num_sequences, moe.num_experts_per_token);
     }
   }
   return y;
