@@ -16,11 +16,11 @@ CHUNK = 1 << 27  # elements of one tensor in the optimizer's lists
 
 @dataclasses.dataclass
 class Case:
-    function: Callable  # compiled (once for all sets: no lambda) and called with `inputs`
+    function: Optional[Callable] = None  # compiled (once for all sets: no lambda) and called with `inputs`
     inputs: tuple = ()
     leaves: tuple = ()  # their gradients are what is timed, when there are any
     upstream: Optional[tuple] = None  # gradients of the outputs; None: the output is a scalar, forward and backward are timed
-    several: Optional[Callable] = None  # given `compile`, makes a run of several compiled calls itself
+    several: Optional[Callable] = None  # instead of `function`: given `compile`, makes a run of several compiled calls
 
 
 def rms_norm(x, weight):
@@ -274,17 +274,17 @@ def update_all(buckets, factor, compile):
 
 def gradient_norm(d, make):
     gradients = make.normal((d["n"],), std=0.5 / d["n"] ** 0.5).split(CHUNK)
-    return Case(square_sum, several=lambda compile: lambda: norm_of(gradients, compile))
+    return Case(several=lambda compile: lambda: norm_of(gradients, compile))
 
 
 def adamw(d, make):
     buckets, one = flat_buckets(d, make), torch.ones((), device=make.device)
-    return Case(adamw_chunk, several=lambda compile: lambda: update_all(buckets, one, compile))
+    return Case(several=lambda compile: lambda: update_all(buckets, one, compile))
 
 
 def optimizer_step(d, make):
     buckets = flat_buckets(d, make)
-    return Case(adamw_chunk, several=lambda compile: lambda: update_all(buckets, norm_of(buckets[1], compile), compile))
+    return Case(several=lambda compile: lambda: update_all(buckets, norm_of(buckets[1], compile), compile))
 
 
 def normal_fill(d, make):
