@@ -51,5 +51,7 @@ struct SelfTest {
 std::vector<SelfTest> layer_self_tests();
 /// router, permutation, combination, balance loss.
 std::vector<SelfTest> routing_self_tests();
+/// FP8 tiles, what leaves in FP8, the paged latent cache.
+std::vector<SelfTest> fp8_self_tests();
 
 }  // namespace dsv3::cli
