@@ -126,13 +126,12 @@ struct MakePermutation {
   int32_t num_experts_per_token;  // K
   int32_t num_experts;            // E ≤ kMaxExperts
   int32_t row_multiple = 1;       // M ≥ 1; 1 = no padding
-  int64_t num_rows = 0;           // Rows = permutation_rows(T·K, E, M) < 2³¹ - 1024
   const int32_t* experts;         // [T, K] in [0, E)
   int32_t* counts;                // [E] without padding
   int32_t* offsets;               // [E] inclusive ends, padding of the expert included
   int32_t* row_of;                // [T, K]
-  int32_t* choice_of;             // [Rows] t·K + k of each row, -1 for padding
-  int32_t* workspace;             // permutation_workspace() ints
+  int32_t* choice_of;  // [Rows = permutation_rows(T·K, E, M)] t·K + k of each row, -1 for padding
+  int32_t* workspace;  // permutation_workspace() ints
 };
 int64_t permutation_workspace(int64_t num_choices, int32_t num_experts);
 
@@ -147,7 +146,7 @@ struct PermuteForward {
   int64_t num_tokens;                  // T
   int32_t num_experts_per_token;       // K
   int64_t hidden;                      // D
-  int64_t num_rows = 0;                // Rows
+  int64_t num_rows = 0;                // Rows; 0 = T·K, no padding
   DType dtype;                         // of x and y: kF32, kBF16 or kF8E4M3
   const void* x;                       // [T, D]
   const int32_t* row_of;               // [T, K]
@@ -181,7 +180,7 @@ struct CombineBackward {
   int64_t num_tokens;
   int32_t num_experts_per_token;
   int64_t hidden;
-  int64_t num_rows = 0;                // Rows
+  int64_t num_rows = 0;                // Rows; 0 = T·K, no padding
   DType dtype;                         // of dy, rows, drows: kF32 or kBF16
   const void* dy;                      // [T, D]
   const void* rows;                    // [Rows, D]; read only when dweights is given
