@@ -11,7 +11,7 @@ namespace dsv3::kernels {
 inline constexpr int32_t kMaxExperts = 512;
 inline constexpr int32_t kMaxChoices = 16;
 inline constexpr int32_t kMaxGroups = 64;
-inline constexpr int32_t kMaxSplitTerms = 6;
+inline constexpr int32_t kMaxSplitTerms = 3;
 
 /// How tokens choose experts (technical report §2.1.2); ops/router.h names the same fields.
 struct RouterShape {
@@ -51,7 +51,7 @@ struct RouteForward {
   int32_t* experts;               // [T, K] by descending biased score
   float* weights;                 // [T, K]
   float* scores;                  // [T, E] s, kept for backward
-  int32_t* counts = nullptr;      // [E]
+  int32_t* counts = nullptr;      // [E], may be null
   const bool* valid = nullptr;    // [T], may be null (= all): tokens that the loss counts
   float* coefficients = nullptr;  // [B, E], may be null (= no loss), kept for backward
   float* loss = nullptr;          // [1]; with coefficients
@@ -69,7 +69,6 @@ struct RouteBackward {
   const int32_t* experts;               // [T, K]
   const float* scores;                  // [T, E]
   const float* dweights;                // [T, K], may be null (= 0)
-  const float* dscores = nullptr;       // [T, E], may be null (= 0)
   const bool* valid = nullptr;          // [T], may be null (= all)
   const float* coefficients = nullptr;  // [B, E], may be null (= no loss)
   const float* dloss = nullptr;         // [1] on the kernel's device; with coefficients
@@ -77,47 +76,21 @@ struct RouteBackward {
 };
 
 /// What a BF16 product can read of an FP32 matrix: term j of x is the BF16 nearest to what the
-/// terms before it left over. Three terms hold FP32's 24 bits, two hold 16: the error is 2^-25
-/// or 2^-17 of the element. y[r, i · C + c] = term terms[i] of x[r, c]. Reads 4 bytes an element,
-/// writes 2 · num_terms.
+/// terms before it left over. Three terms hold FP32's 24 bits, two hold 16: the error is at most
+/// 2^-25 or 2^-17 of the element. y[r · row_stride + i · term_stride + c] = term terms[i] of
+/// x[r, c]. Reads 4 bytes an element, writes 2 · num_terms.
 struct SplitBf16 {
   int64_t num_rows;               // R
   int64_t num_columns;            // C
   int32_t num_terms;              // 1 … kMaxSplitTerms
-  int32_t terms[kMaxSplitTerms];  // which term (0, 1 or 2) each block of columns holds
+  int32_t terms[kMaxSplitTerms];  // 0, 1 or 2: which term the i-th block of y holds
   const float* x;                 // [R, C]
-  void* y;                        // [R, num_terms · C] BF16
+  void* y;                        // BF16
+  int64_t row_stride;             // elements: C for blocks under each other, num_terms · C beside
+  int64_t term_stride;            // R · C or C
 };
-
-/// The sequence-wise balance loss (report eq. 17–20): loss = Σ_b Σ_i coefficients[b, i] · Σ_valid
-/// s_i / Σ_j s_j with coefficients[b, i] = f_i / n = E / (K n²) · #{valid tokens whose raw top-K
-/// holds i}; 0 where n = 0. Integer counts and fixed-order sums: the same bits on every run.
-struct SequenceBalanceForward {
-  int64_t num_sequences;          // B
-  int64_t sequence_length;        // S
-  int32_t num_experts;            // E
-  int32_t num_experts_per_token;  // K
-  const float* scores;            // [B·S, E]
-  const bool* valid;              // [B·S], may be null (= all)
-  float* coefficients;            // [B, E], kept for backward
-  float* loss;                    // [1]
-  void* workspace;                // sequence_balance_workspace() bytes, 16-byte aligned
-};
-int64_t sequence_balance_workspace(int64_t num_sequences, int64_t sequence_length,
-                                   int32_t num_experts);
-
-/// dscores[t, i] = dloss · (c_i - Σ_j c_j s_j / Σ_j s_j) / Σ_j s_j with c = coefficients of t's
-/// sequence; 0 for invalid tokens.
-struct SequenceBalanceBackward {
-  int64_t num_sequences;
-  int64_t sequence_length;
-  int32_t num_experts;
-  const float* scores;        // [B·S, E]
-  const bool* valid;          // [B·S], may be null
-  const float* coefficients;  // [B, E]
-  const float* dloss;         // [1], on the kernel's device
-  float* dscores;             // [B·S, E]
-};
+/// Throws std::invalid_argument naming the number that is out of range.
+void check_split_bf16(const SplitBf16& p);
 
 /// Sorts the T·K choices by expert, stably, by counting; each expert's rows begin at a multiple of
 /// row_multiple. No atomics decide an order; nothing meets the host.
@@ -193,8 +166,6 @@ struct CombineBackward {
 
 DSV3_DECLARE_KERNEL(route_forward, RouteForward)
 DSV3_DECLARE_KERNEL(route_backward, RouteBackward)
-DSV3_DECLARE_KERNEL(sequence_balance_forward, SequenceBalanceForward)
-DSV3_DECLARE_KERNEL(sequence_balance_backward, SequenceBalanceBackward)
 DSV3_DECLARE_KERNEL(split_bf16, SplitBf16)
 DSV3_DECLARE_KERNEL(make_permutation, MakePermutation)
 DSV3_DECLARE_KERNEL(permute_forward, PermuteForward)
