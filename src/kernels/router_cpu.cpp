@@ -58,6 +58,18 @@ DSV3_INLINE void softmax_row(float* s, int32_t size) {
   for (int32_t e = 0; e < size; ++e) s[e] *= inverse;
 }
 
+/// The sum of a group's two best, or its best; NaN counts as -inf.
+DSV3_INLINE float group_score(const float* biased, int32_t size, bool top2) {
+  float best = -__builtin_inff(), second = best;
+  for (int32_t e = 0; e < size; ++e) {
+    const float x = biased[e];
+    const float lower = x > best ? best : x;
+    second = lower > second ? lower : second;
+    best = x > best ? x : best;
+  }
+  return top2 && size > 1 ? best + second : best;
+}
+
 /// Writes -inf over the groups that are not among the topk_group best.
 DSV3_INLINE void limit_to_groups(const RouterShape& shape, float* biased) {
   const int32_t size = shape.num_experts / shape.n_group;
@@ -65,16 +77,12 @@ DSV3_INLINE void limit_to_groups(const RouterShape& shape, float* biased) {
   int32_t ids[kMaxGroups];
   bool chosen[kMaxGroups] = {};
   for (int32_t g = 0; g < shape.n_group; ++g) {
-    float best[2];
-    int32_t best_ids[2];
-    const int32_t count = shape.group_score_top2 ? std::min(2, size) : 1;
-    select_top(biased + g * size, size, count, best_ids, best);
-    group_scores[g] = count == 2 ? best[0] + best[1] : best[0];
+    group_scores[g] = group_score(biased + g * size, size, shape.group_score_top2);
   }
   select_top(group_scores, shape.n_group, shape.topk_group, ids, top);
   for (int32_t i = 0; i < shape.topk_group; ++i) chosen[ids[i]] = true;
-  for (int32_t e = 0; e < shape.num_experts; ++e) {
-    if (!chosen[e / size]) biased[e] = -__builtin_inff();
+  for (int32_t g = 0; g < shape.n_group; ++g) {
+    if (!chosen[g]) std::fill_n(biased + g * size, size, -__builtin_inff());
   }
 }
 

@@ -1,10 +1,12 @@
 #include "ops/gate.h"
 
+#include <ATen/ops/mm.h>
+
 #include "base/error.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
 #include "ops/gate_split.h"
-#include "ops/linear.h"
+#include "ops/weight_grad.h"
 
 namespace dsv3::ops {
 namespace {
@@ -23,13 +25,6 @@ void check_gate(const at::Tensor& x, const at::Tensor& weight) {
           weight.device().str(), x.device().str());
 }
 
-/// The widened x is made again in backward, not kept.
-at::Tensor widened(const Remakable& x, const Weight& weight) {
-  const auto wide = weight.value.scalar_type();
-  const auto source = x.remake ? x.remake : [value = x.value.detach()] { return value; };
-  return linear({x.value.to(wide), [source, wide] { return source().to(wide); }}, weight);
-}
-
 bool splits(const at::Tensor& x, const Weight& weight) {
   return x.is_cuda() && x.scalar_type() == at::kBFloat16 &&
          (!weight.grad.defined() || weight.grad.scalar_type() == at::kFloat);
@@ -37,29 +32,40 @@ bool splits(const at::Tensor& x, const Weight& weight) {
 
 }  // namespace
 
+at::Tensor gate_gradient(const at::Tensor& dlogits, const at::Tensor& x, const Weight& weight,
+                         bool needs_dx) {
+  const NoRecord guard;
+  at::Tensor dx;
+  if (splits(x, weight)) {
+    const at::Tensor terms = split_gradient(dlogits);
+    if (needs_dx) dx = split_product_dx(terms, weight.value);
+    if (weight.grad.defined()) add_split_product_dweight(terms, x, weight.grad);
+    return dx;
+  }
+  if (needs_dx) dx = at::mm(dlogits, weight.value).to(x.scalar_type());
+  if (weight.grad.defined()) {
+    add_weight_grad(dlogits, x.to(weight.value.scalar_type()), weight.grad);
+  }
+  return dx;
+}
+
 at::Tensor gate(const Remakable& x, const Weight& weight) {
   check_gate(x.value, weight.value);
-  if (!splits(x.value, weight)) return widened(x, weight);
   at::Tensor y;
   {
     const NoRecord guard;
-    y = split_product(x.value, weight.value);
+    y = splits(x.value, weight) ? split_product(x.value, weight.value)
+                                : at::mm(x.value.to(weight.value.scalar_type()), weight.value.t());
   }
   if (!recording({x.value, weight.value})) return y;
   const bool needs_dx = x.value.requires_grad();
   const at::Tensor saved = x.remake ? at::Tensor() : x.value.detach();
-  record("gate", {x.value, weight.value}, {y},
-         [saved, remake = x.remake, weight, needs_dx](const Tensors& grads) -> Tensors {
-           if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
-           const at::Tensor terms = split_gradient(grads[0]);
-           at::Tensor dx;
-           if (needs_dx) dx = split_product_dx(terms, weight.value);
-           if (weight.grad.defined()) {
-             const NoRecord guard;
-             add_split_product_dweight(terms, remake ? remake() : saved, weight.grad);
-           }
-           return {dx, at::Tensor()};
-         });
+  record(
+      "gate", {x.value, weight.value}, {y},
+      [saved, remake = x.remake, weight, needs_dx](const Tensors& grads) -> Tensors {
+        if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
+        return {gate_gradient(grads[0], remake ? remake() : saved, weight, needs_dx), at::Tensor()};
+      });
   return y;
 }
 

@@ -11,4 +11,9 @@ namespace dsv3::ops {
 /// bucket.
 at::Tensor gate(const Remakable& x, const Weight& weight);
 
+/// gate's gradient by itself: returns dx (undefined without needs_dx) and adds dW to the weight's
+/// bucket, where there is one. dlogits [T, E] FP32, x [T, D].
+at::Tensor gate_gradient(const at::Tensor& dlogits, const at::Tensor& x, const Weight& weight,
+                         bool needs_dx);
+
 }  // namespace dsv3::ops

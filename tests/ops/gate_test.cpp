@@ -34,6 +34,18 @@ at::Tensor wide(const at::Tensor& x) {
   return x.detach().to(at::kDouble);
 }
 
+/// The error against the result's norm; of few elements, whose terms may cancel, against the terms'
+/// sum.
+testing::AssertionResult agrees(const at::Tensor& actual, const at::Tensor& a, const at::Tensor& b,
+                                double most) {
+  const at::Tensor exact = wide(a).mm(wide(b));
+  if (exact.numel() >= 100) return close(actual, exact, most);
+  return test::close_to_terms(actual, exact, wide(a).abs().mm(wide(b).abs()), most);
+}
+
+/// 2^-17 of each element is what two terms of dlogits leave out.
+constexpr double kWeightGradient = 0x1p-17;
+
 /// Terms of FP32 add up to it: hi + mid + lo exactly, hi + mid to 2^-17.
 TEST_P(GateTest, TermsAddUp) {
   const uint64_t seed = test::fresh_seed();
@@ -80,18 +92,16 @@ TEST_P(GateTest, SplitProductsAgreeWithFloat64) {
         random.normal({num_experts, hidden}, at::kFloat, GetParam(), 0.006, 0.001);
     const at::Tensor dy = random.normal({num_tokens, num_experts}, at::kFloat, GetParam());
     const at::Tensor logits = split_product(x, weight);
-    const at::Tensor exact = wide(x).mm(wide(weight).t());
-    // Sums of D terms: 3e-6 is what cut-off parts of 1024 may lose, and three times FP32's own.
-    EXPECT_TRUE(close(logits, exact, 3e-6));
-    RecordProperty("error", std::to_string(test::relative_error(logits, exact)));
+    // Sums of D terms: 3e-6 is what cut-off parts of 1024 may lose, and twice FP32's own.
+    EXPECT_TRUE(agrees(logits, x, weight.t(), 3e-6));
 
     const at::Tensor terms = split_gradient(dy);
     EXPECT_TRUE(close(split_product_dx(terms, weight), wide(dy).mm(wide(weight)),
                       test::tolerance(at::kBFloat16, 1)));
     const at::Tensor grad = random.normal({num_experts, hidden}, at::kFloat, GetParam());
-    const at::Tensor expected = wide(grad) + wide(dy).t().mm(wide(x));
+    const at::Tensor before = grad.clone();
     add_split_product_dweight(terms, x, grad);
-    EXPECT_TRUE(close(grad, expected, 5e-6));
+    EXPECT_TRUE(agrees(wide(grad) - wide(before), dy.t(), x, kWeightGradient));
   }
 }
 
@@ -124,11 +134,11 @@ TEST_P(GateTest, ResultAndGradientsAgreeWithFloat64) {
         const at::Tensor logits = gate(given, weight);
         logits.backward(dy);
         EXPECT_EQ(logits.scalar_type(), at::kFloat);
-        EXPECT_TRUE(close(logits, wide(x).mm(wide(weight.value).t()), 3e-6));
+        EXPECT_TRUE(agrees(logits, x, weight.value.t(), 3e-6));
         EXPECT_EQ(x.grad().scalar_type(), dtype);
-        EXPECT_TRUE(close(x.grad(), wide(dy).mm(wide(weight.value)),
-                          dtype == at::kFloat ? 3e-6 : test::tolerance(dtype, 1)));
-        EXPECT_TRUE(close(weight.grad, wide(dy).t().mm(wide(x)) + 0.25, 5e-6));
+        EXPECT_TRUE(agrees(x.grad(), dy, weight.value,
+                           dtype == at::kFloat ? 3e-6 : test::tolerance(dtype, 1)));
+        EXPECT_TRUE(agrees(wide(weight.grad) - 0.25, dy.t(), x, kWeightGradient));
       }
     }
   }
