@@ -236,6 +236,16 @@ def permute_forward(d, make):
     return Case(gather_rows, (make.normal((d["T"], d["D"])), permutation(d, make)[1]))
 
 
+def gather_scaled(x, scales, token_of):
+    return x[token_of], scales[:, token_of]
+
+
+def permute_fp8_forward(d, make):
+    x = make.normal((d["T"], d["D"])).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = make.floats(((d["D"] + 127) // 128, d["T"]))
+    return Case(gather_scaled, (x, scales, permutation(d, make)[1]))
+
+
 def permute_backward(d, make):
     x = make.normal((d["T"], d["D"]), grad=True)
     return Case(gather_rows, (x, permutation(d, make)[1]), (x,), (make.normal((d["T"] * d["K"], d["D"])),))
