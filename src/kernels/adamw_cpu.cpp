@@ -36,6 +36,7 @@ constexpr int64_t kBlock = 2048;  // elements
 struct HostMath {
   DSV3_INLINE static float root(float x) { return std::sqrt(x); }
   DSV3_INLINE static float quotient(float a, float b) { return a / b; }
+  DSV3_INLINE static float sum(float a, float b, float c) { return a * b + c; }
 };
 
 /// Where a block's numbers stand; the types belong to the body.

@@ -16,7 +16,7 @@ void check_adamw_fp8(const AdamWFp8& p) {
   require(p.scale_stride >= (p.columns + 127) / 128,
           "[adamw_fp8] scale_stride: expected at least {} (columns / 128, up), got {}",
           (p.columns + 127) / 128, p.scale_stride);
-  require(p.update.weights != nullptr || p.update.master != nullptr,
+  require(p.update.size == 0 || p.update.weights != nullptr || p.update.master != nullptr,
           "[adamw_fp8] weights: expected weights or a master, got neither");
 }
 

@@ -18,6 +18,7 @@ using kernels::detail::Rounded;
 struct FastMath {
   __device__ static float root(float x) { return ptx::sqrt_approx(x); }
   __device__ static float quotient(float a, float b) { return a * ptx::reciprocal_approx(b); }
+  __device__ static float sum(float a, float b, float c) { return fmaf(a, b, c); }
 };
 
 template <typename T, bool kStochastic>
@@ -71,14 +72,14 @@ __device__ __forceinline__ void ema8(const AdamW& p, const float (&w)[kVector], 
   float mean[kVector];
   load8(ema, mean);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) mean[e] += (1.0f - p.ema_decay) * (w[e] - mean[e]);
+  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(1.0f - p.ema_decay, w[e] - mean[e], mean[e]);
   store8_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 template <bool kStochastic, typename E>
 __device__ __forceinline__ void ema1(const AdamW& p, float w, int64_t i) {
   E* const ema = static_cast<E*>(p.ema) + i;
   float mean = to_float(*ema);
-  mean += (1.0f - p.ema_decay) * (w - mean);
+  mean = fmaf(1.0f - p.ema_decay, w - mean, mean);
   store1_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 
@@ -128,7 +129,7 @@ __device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_s
   M* const exp_avg_sq = static_cast<M*>(p.exp_avg_sq) + i;
   float w = p.master != nullptr ? p.master[i] : to_float(*weight);
   float m = to_float(*exp_avg), v = to_float(*exp_avg_sq);
-  const float g = to_float(static_cast<const G*>(p.gradients)[i]) * gradient_scale;
+  const float g = __fmul_rn(to_float(static_cast<const G*>(p.gradients)[i]), gradient_scale);
   kernels::detail::adamw_element<FastMath>(f, i < p.decay_end ? f.decay : 0.0f, g, w, m, v);
   store1_rounded<kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
   store1_rounded<kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);

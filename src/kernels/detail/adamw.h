@@ -38,15 +38,17 @@ inline AdamWFactors adamw_factors(const AdamW& p) {
           .eps = p.eps};
 }
 
-/// Updates weight w and moments m, v from the clipped gradient g. Math has root(x) and
-/// quotient(a, b); `decay` is f.decay or 0.
+/// Updates weight w and moments m, v from the clipped gradient g. Math has root(x), quotient(a, b)
+/// and sum(a, b, c) = a·b + c; `decay` is f.decay or 0. Note: with an explicit FMA for sum() no
+/// compiler is free to round one use of this otherwise than another.
 template <typename Math>
 DSV3_ADAMW_INLINE void adamw_element(const AdamWFactors& f, float decay, float g, float& w,
                                      float& m, float& v) {
-  m += f.gain1 * (g - m);
-  v = f.beta2 * v + f.gain2 * g * g;
-  w -= decay * w;
-  w -= f.step_size * Math::quotient(m, Math::root(v) * f.root_scale + f.eps);
+  m = Math::sum(f.gain1, g - m, m);
+  v = Math::sum(f.gain2 * g, g, f.beta2 * v);
+  w = Math::sum(-decay, w, w);
+  const float root = Math::sum(Math::root(v), f.root_scale, f.eps);
+  w = Math::sum(-f.step_size, Math::quotient(m, root), w);
 }
 
 /// Which of an element's numbers is rounded.
