@@ -51,5 +51,7 @@ struct SelfTest {
 std::vector<SelfTest> layer_self_tests();
 /// router, permutation, combination, balance loss.
 std::vector<SelfTest> routing_self_tests();
+/// AdamW, the gradient norm, the loss in parts of a vocabulary.
+std::vector<SelfTest> training_self_tests();
 
 }  // namespace dsv3::cli

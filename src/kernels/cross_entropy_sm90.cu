@@ -201,21 +201,34 @@ struct Slices {
   int64_t stage_bytes;
   uint64_t* loaded;  // [stages] barriers
 
-  __device__ uint4* stage(int row) const {
-    return reinterpret_cast<uint4*>(buffers + row % stages * stage_bytes);
+  __device__ uint4* at(int stage) const {
+    return reinterpret_cast<uint4*>(buffers + stage * stage_bytes);
   }
-  __device__ void load(int row) const {
+  __device__ void load(int row, int stage) const {
     if (row >= num_rows) return;
-    ptx::barrier_expect(loaded + row % stages, bytes);
-    ptx::bulk_load(stage(row), first + row * row_stride, bytes, loaded + row % stages);
+    ptx::barrier_expect(loaded + stage, bytes);
+    ptx::bulk_load(at(stage), first + row * row_stride, bytes, loaded + stage);
   }
-  __device__ void wait_loaded(int row) const {
-    while (!ptx::barrier_try_wait(loaded + row % stages, row / stages % 2)) {
+  __device__ void wait_loaded(int stage, uint32_t parity) const {
+    while (!ptx::barrier_try_wait(loaded + stage, parity)) {
     }
   }
-  __device__ void store(int row) const {
-    ptx::bulk_store(first + row * row_stride, stage(row), bytes);
+  __device__ void store(int row, int stage) const {
+    ptx::bulk_store(first + row * row_stride, at(stage), bytes);
     ptx::bulk_commit();
+  }
+};
+
+/// The stages of the last four rows, and the parity of the barriers' phase for the newest.
+struct Ring {
+  int stage[4] = {-1, 0, 0, 0};  // of rows k, k-1, k-2, k-3
+  uint32_t parity = 1;
+
+  __device__ void advance(int stages) {
+#pragma unroll
+    for (int i = 3; i > 0; --i) stage[i] = stage[i - 1];
+    if (++stage[0] == stages) stage[0] = 0;
+    if (stage[0] == 0) parity ^= 1;
   }
 };
 
@@ -252,26 +265,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_arrive();
   ptx::cluster_wait();
   if (copies) {
-    for (int row = 0; row < plan.stages; ++row) slices.load(row);
+    for (int row = 0; row < plan.stages; ++row) slices.load(row, row);
   }
   const float scale = *p.scale;
   const int num_rows = slices.num_rows;
   int label_before = kIgnoredLabel, label = kIgnoredLabel, label_next = p.labels[cluster];
+  Ring ring;
   for (int k = 0; k <= num_rows; ++k) {
+    ring.advance(plan.stages);
     label_before = label;
     label = label_next;
     if (k + 1 < num_rows) label_next = p.labels[cluster + (k + 1) * clusters];
     if (k < num_rows) {
-      slices.wait_loaded(k);
-      const Softmax part = scan_slice<T>(slices.stage(k), words, begin);
+      slices.wait_loaded(ring.stage[0], ring.parity);
+      const Softmax part = scan_slice<T>(slices.at(ring.stage[0]), words, begin);
       if (lane == 0) parts[k % 2][warp] = part;
     }
     __syncthreads();  // `parts` of row k are there, and the gradient of row k-2
     if (copies && k >= 2) {
-      slices.store(k - 2);
+      slices.store(k - 2, ring.stage[2]);
       if (k >= 3) {
         ptx::bulk_wait_read<1>();
-        slices.load(k - 3 + plan.stages);
+        slices.load(k - 3 + plan.stages, ring.stage[3]);
       }
     }
     Row row{};
@@ -285,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Softmax s = join_lanes(lane < kWarps ? parts[k % 2][lane] : detail::empty_softmax());
         const int64_t local = label - begin;
         const bool ours = label >= 0 && local >= 0 && local < count;
-        const auto* slice = reinterpret_cast<const T*>(slices.stage(k));
+        const auto* slice = reinterpret_cast<const T*>(slices.at(ring.stage[0]));
         const float label_logit = ours ? detail::to_float(slice[local]) : -INFINITY;
         if (lane < plan.blocks) {
           const uint32_t own = ptx::shared_address(&messages[k % 2][rank]);
@@ -298,9 +313,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t token = cluster + (k - 1) * clusters;
     const bool valid = label_before >= 0 && label_before < p.vocab;
     if (valid) {
-      write_gradient<T>(slices.stage(k - 1), words, label_before - begin, row, scale);
+      write_gradient<T>(slices.at(ring.stage[1]), words, label_before - begin, row, scale);
     } else {
-      write_zeros(slices.stage(k - 1), words);
+      write_zeros(slices.at(ring.stage[1]), words);
     }
     ptx::fence_async_shared();
     if (rank == 0 && threadIdx.x == 0) {
@@ -311,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (copies) {
-    slices.store(num_rows - 1);
+    slices.store(num_rows - 1, ring.stage[1]);
     ptx::bulk_wait_all();
   }
 }

@@ -6,9 +6,11 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
+#include "kernels/detail/adamw.h"
 #include "kernels/optimizer.h"
 #include "ops/dispatch.h"
 #include "support/compare.h"
@@ -220,6 +222,29 @@ TEST_P(AdamWOptionsTest, RandomBitsFollowTheElementWhateverTheCut) {
     const Range again = next.clone();
     run(again, random_step(again, kFirst));
     EXPECT_TRUE(same_bits(again.weights, whole.weights));
+  }
+}
+
+TEST_P(AdamWOptionsTest, RandomBitsArePhiloxOfSeedIndexAndStep) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  constexpr int64_t kSize = 4099;
+  for (const int64_t first : {int64_t{0}, int64_t{13}, int64_t{1} << 40}) {
+    const Range r = draw(random_, kSize, at::kFloat, at::kFloat, at::kBFloat16, false, GetParam());
+    r.exp_avg.zero_();
+    auto p = random_step(r, first);
+    p.beta1 = 0.0f;  // the moment is the gradient
+    const at::Tensor gradients = r.gradients.cpu();
+    run(r, p);
+    const at::Tensor actual = r.exp_avg.to(at::kFloat).cpu();
+    for (int64_t i = 0; i < kSize; ++i) {
+      namespace detail = kernels::detail;
+      const auto words = detail::rounding_words(p, first + i, detail::Rounded::kExpAvg);
+      const uint32_t random = detail::rounding_bits(words, static_cast<int>((first + i) % 8));
+      const auto bits = std::bit_cast<uint32_t>(gradients.const_data_ptr<float>()[i]);
+      ASSERT_EQ(std::bit_cast<uint32_t>(actual.const_data_ptr<float>()[i]),
+                detail::round_at_random(bits, random) << 16)
+          << "element " << i;
+    }
   }
 }
 
