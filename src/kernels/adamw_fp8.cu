@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/detail/adamw.cuh"
+#include "kernels/detail/e4m3.h"
 #include "kernels/detail/launch.cuh"
 
 namespace dsv3::kernels::cuda {
@@ -69,7 +70,11 @@ __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gra
 }
 
 __device__ __forceinline__ uint8_t code_of(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   return static_cast<uint8_t>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3));
+#else
+  return static_cast<uint8_t>(kernels::detail::e4m3_code(x));
+#endif
 }
 
 /// Writes the codes of what update_tile left; each thread reads only what it wrote itself.
@@ -119,12 +124,7 @@ __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFa
         p.update.gradient_scale != nullptr ? *p.update.gradient_scale : 1.0f;
     const float mine =
         update_tile<W, G, M, kStochastic, kVectors>(p, f, gradient_scale, tile, kept);
-    const float top = fmaxf(block_max(mine), p.min_amax);
-    float scale = __fdiv_rn(top, 448.0f), inverse = __fdiv_rn(448.0f, top);
-    if (p.power_of_two) {
-      scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
-      inverse = __fdiv_rn(1.0f, scale);
-    }
+    const auto [scale, inverse] = kernels::detail::tile_scale(block_max(mine), p.rule);
     if (threadIdx.x == 0) p.scales[blockIdx.y * p.scale_stride + blockIdx.x] = scale;
     write_codes<kVectors>(p, tile, kept, inverse);
   }

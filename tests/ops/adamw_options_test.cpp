@@ -273,7 +273,7 @@ Fp8 run_fp8(const Range& r, const kernels::AdamW& step, int64_t rows, int64_t co
                       .codes = out.codes.mutable_data_ptr<uint8_t>(),
                       .scales = out.scales.mutable_data_ptr<float>(),
                       .scale_stride = across + 1,
-                      .power_of_two = power_of_two},
+                      .rule = {.power_of_two = power_of_two}},
                      stream_of(r.weights));
   return out;
 }
