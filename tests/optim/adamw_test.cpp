@@ -129,8 +129,9 @@ TEST_P(AdamWTest, FollowsTheFormulaInFloat64) {
       const bool rounded = buckets[b].values.scalar_type() == at::kBFloat16;
       const double bar =
           rounded ? (exact ? 0x1p-8 : 2e-2) : (c.moments == DType::kF32 ? 2e-6 : 2e-2);
-      EXPECT_TRUE(
-          test::close(buckets[b].values, tensor_of(plain.weights[b], at::kDouble, GetParam()), bar))
+      // Against the weight and its five steps of about 1e-2: one element alone may end near zero.
+      const at::Tensor expected = tensor_of(plain.weights[b], at::kDouble, GetParam());
+      EXPECT_TRUE(test::close_to_terms(buckets[b].values, expected, expected.abs().add(0.05), bar))
           << "bucket " << b << ", clip " << c.clip << ", masters " << c.masters;
     }
   }
