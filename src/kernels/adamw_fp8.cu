@@ -43,7 +43,7 @@ __device__ float block_max(float x) {
 
 /// Updates the tile and leaves its weights in `kept` [128, 128]; returns this thread's largest
 /// magnitude.
-template <typename W, typename G, typename M, bool kStochastic, bool kVectors>
+template <typename Types, bool kVectors>
 __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gradient_scale,
                              const Tile& tile, float* kept) {
   const int column = threadIdx.x % kColumnThreads * kVector;
@@ -55,13 +55,13 @@ __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gra
     if constexpr (kVectors) {
       if (column >= tile.columns) continue;
       float w[kVector];
-      detail::update8<W, G, M, kStochastic>(p.update, f, gradient_scale, i, w);
+      detail::update8<Types>(p.update, f, gradient_scale, i, w);
       detail::store8(to, w);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) top = fmaxf(top, fabsf(w[e]));
     } else {
       for (int e = 0; e < kVector && column + e < tile.columns; ++e) {
-        to[e] = detail::update1<W, G, M, kStochastic>(p.update, f, gradient_scale, i + e);
+        to[e] = detail::update1<Types>(p.update, f, gradient_scale, i + e);
         top = fmaxf(top, fabsf(to[e]));
       }
     }
@@ -111,7 +111,7 @@ __device__ void zero_gradients(const AdamWFp8& p, const Tile& tile) {
 }
 
 /// grid (blocks of columns, blocks of rows).
-template <typename W, typename G, typename M, bool kStochastic, bool kVectors>
+template <typename Types, bool kVectors>
 __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFactors f) {
   extern __shared__ __align__(16) float kept[];
   const Tile tile{
@@ -122,15 +122,14 @@ __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFa
   if (p.update.skip == nullptr || *p.update.skip == 0) {
     const float gradient_scale =
         p.update.gradient_scale != nullptr ? *p.update.gradient_scale : 1.0f;
-    const float mine =
-        update_tile<W, G, M, kStochastic, kVectors>(p, f, gradient_scale, tile, kept);
+    const float mine = update_tile<Types, kVectors>(p, f, gradient_scale, tile, kept);
     const auto [scale, inverse] = kernels::detail::tile_scale(block_max(mine), p.rule);
     if (threadIdx.x == 0) p.scales[blockIdx.y * p.scale_stride + blockIdx.x] = scale;
     write_codes<kVectors>(p, tile, kept, inverse);
   }
   if (!p.update.zero_gradients) return;
   __syncthreads();  // another thread may still read what this one zeroes
-  zero_gradients<G>(p, tile);
+  zero_gradients<typename Types::Gradient>(p, tile);
 }
 
 void check_cuda(cudaError_t error) {
@@ -148,17 +147,13 @@ void adamw_fp8(const AdamWFp8& p, Stream stream) {
   const bool vectors = detail::adamw_aligned(p.update) && p.columns % kVector == 0 &&
                        reinterpret_cast<uintptr_t>(p.codes) % kVector == 0;
   const AdamWFactors factors = kernels::detail::adamw_factors(p.update);
-  detail::dispatch_adamw(
-      p.update, [&](auto* weight, auto* gradient, auto* moment, auto stochastic) {
-        using W = std::remove_pointer_t<decltype(weight)>;
-        using G = std::remove_pointer_t<decltype(gradient)>;
-        using M = std::remove_pointer_t<decltype(moment)>;
-        auto* const kernel = vectors ? adamw_fp8_kernel<W, G, M, stochastic.value, true>
-                                     : adamw_fp8_kernel<W, G, M, stochastic.value, false>;
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kSharedBytes));
-        kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(p, factors);
-      });
+  detail::dispatch_adamw(p.update, [&](auto types) {
+    using Types = decltype(types);
+    auto* const kernel = vectors ? adamw_fp8_kernel<Types, true> : adamw_fp8_kernel<Types, false>;
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(p, factors);
+  });
   detail::check_launch("adamw_fp8");
 }
 
