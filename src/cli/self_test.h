@@ -53,5 +53,7 @@ std::vector<SelfTest> layer_self_tests();
 std::vector<SelfTest> routing_self_tests();
 /// FP8 tiles, what leaves in FP8, the paged latent cache.
 std::vector<SelfTest> fp8_self_tests();
+/// AdamW, the gradient norm, the loss in parts of a vocabulary.
+std::vector<SelfTest> training_self_tests();
 
 }  // namespace dsv3::cli
