@@ -7,6 +7,7 @@
 #include "kernels/routing.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/fp8.h"
 
 namespace dsv3::ops {
 namespace {
@@ -77,7 +78,7 @@ void check_fp8(const at::Tensor& data, const at::Tensor& scales, const Permutati
                const at::Tensor& weights) {
   const int64_t num_tokens = permutation.row_of.size(0);
   check_shape(data, "permute_fp8", "data", {num_tokens, -1});
-  check_shape(scales, "permute_fp8", "scales", {num_tokens, -1});
+  check_shape(scales, "permute_fp8", "scales", {num_tokens, (data.size(1) + 127) / 128});
   require(data.scalar_type() == at::kFloat8_e4m3fn && data.is_contiguous(),
           "[permute_fp8] data: expected contiguous Float8_e4m3fn, got {}",
           c10::toString(data.scalar_type()));
@@ -137,33 +138,31 @@ Permutation make_permutation(const at::Tensor& experts, int64_t num_experts, int
   return result;
 }
 
-std::pair<at::Tensor, at::Tensor> permute_fp8(const at::Tensor& data, const at::Tensor& scales,
-                                              const Permutation& permutation,
-                                              const at::Tensor& weights) {
+Fp8RowTiles permute_fp8(const Fp8RowTiles& x, const Permutation& permutation,
+                        const at::Tensor& weights) {
   const NoRecord guard;
-  check_fp8(data, scales, permutation, weights);
-  const int64_t num_rows = permutation.choice_of.size(0), num_scales = scales.size(1);
+  check_fp8(x.data, x.scales, permutation, weights);
+  const int64_t num_rows = permutation.choice_of.size(0);
   const at::Tensor w = weights.defined() ? weights.contiguous() : weights;
-  const int64_t y_stride = (num_rows + 3) / 4 * 4;
-  at::Tensor y = at::empty({num_rows, data.size(1)}, data.options());
-  at::Tensor y_scales = at::empty({num_scales, y_stride}, scales.options());
-  kernels::permute_forward({.num_tokens = data.size(0),
+  const Fp8RowTiles y = empty_row_tiles(num_rows, x.data.size(1), x.data);
+  const kernels::Fp8Rows from = rows_of(x), to = rows_of(y);
+  kernels::permute_forward({.num_tokens = x.data.size(0),
                             .num_experts_per_token = choices_of(permutation),
-                            .hidden = data.size(1),
+                            .hidden = x.data.size(1),
                             .num_rows = num_rows,
                             .dtype = DType::kF8E4M3,
-                            .x = data.const_data_ptr(),
+                            .x = from.data,
                             .row_of = permutation.row_of.const_data_ptr<int32_t>(),
                             .choice_of = permutation.choice_of.const_data_ptr<int32_t>(),
-                            .y = y.mutable_data_ptr(),
-                            .num_scales = static_cast<int32_t>(num_scales),
-                            .x_scales = scales.const_data_ptr<float>(),
-                            .x_scale_stride = scales.stride(1),
+                            .y = to.data,
+                            .num_scales = static_cast<int32_t>(x.scales.size(1)),
+                            .x_scales = from.scales,
+                            .x_scale_stride = from.scale_stride,
                             .weights = w.defined() ? w.const_data_ptr<float>() : nullptr,
-                            .y_scales = y_scales.mutable_data_ptr<float>(),
-                            .y_scale_stride = y_stride},
-                           stream_of(data));
-  return {y, y_scales.narrow(1, 0, num_rows).t()};
+                            .y_scales = to.scales,
+                            .y_scale_stride = to.scale_stride},
+                           stream_of(x.data));
+  return y;
 }
 
 at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {

@@ -1,8 +1,6 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <utility>
+#include "ops/quantize.h"
 
 namespace dsv3::ops {
 
@@ -24,14 +22,11 @@ Permutation make_permutation(const at::Tensor& experts, int64_t num_experts,
 /// the order of k.
 at::Tensor permute(const at::Tensor& x, const Permutation& permutation);
 
-/// The same for FP8 rows with one FP32 scale per 1×128 tile: data [T, D] Float8_e4m3fn contiguous,
-/// scales [T, G] with tokens next to each other (strides 1 and ≥ T). Returns data [Rows, D] and
-/// scales [Rows, G] with strides 1 and Rows rounded up to 4. With weights [T, K] (undefined = 1) a
-/// choice's scales are multiplied by its weight: combine's gradient for the rows, from an FP8 dy.
-/// Records no gradient.
-std::pair<at::Tensor, at::Tensor> permute_fp8(const at::Tensor& data, const at::Tensor& scales,
-                                              const Permutation& permutation,
-                                              const at::Tensor& weights = {});
+/// The same for FP8 rows in 1×128 tiles, whose scales come along. With weights [T, K] (undefined =
+/// 1) a choice's scales are multiplied by its weight: combine's gradient for the rows, from an FP8
+/// dy. Records no gradient.
+Fp8RowTiles permute_fp8(const Fp8RowTiles& x, const Permutation& permutation,
+                        const at::Tensor& weights = {});
 
 /// y[t] = base[t] + Σ_k weights[t, k] · rows[row_of[t, k]], in FP32, rounded once. rows [Rows, D]
 /// in expert order, weights [T, K] FP32, base [T, D] or undefined (shared experts' output joins

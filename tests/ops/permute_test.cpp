@@ -238,27 +238,23 @@ TEST_P(PermuteTest, Fp8RowsCarryTheirScales) {
   test::Random random(seed);
   for (const int64_t hidden : {1, 30, 128, 400, 7168}) {
     for (const int64_t multiple : {1, 16}) {
-      const int64_t num_tokens = 13, k = 3, num_scales = (hidden + 127) / 128;
+      const int64_t num_tokens = 13, k = 3;
       const Permutation permutation =
           make_permutation(random.integers({num_tokens, k}, 5, GetParam()), 5, multiple);
-      const at::Tensor data =
-          random.normal({num_tokens, hidden}, at::kFloat, GetParam()).to(at::kFloat8_e4m3fn);
-      const at::Tensor scales = random.normal({num_scales, num_tokens + 3}, at::kFloat, GetParam())
-                                    .narrow(1, 0, num_tokens)
-                                    .t();
+      const Fp8RowTiles x =
+          quantize_rows(random.normal({num_tokens, hidden}, at::kBFloat16, GetParam()), {});
       const at::Tensor weights = random.normal({num_tokens, k}, at::kFloat, GetParam());
-      const auto [rows, plain_scales] = permute_fp8(data, scales, permutation);
-      const auto [same_rows, weighted] = permute_fp8(data, scales, permutation, weights);
-      EXPECT_EQ(weighted.stride(0), 1);
-      const auto bytes = [](const at::Tensor& x) { return x.view(at::kByte); };
-      EXPECT_TRUE(same_bits(bytes(rows), bytes(same_rows)));
+      const Fp8RowTiles rows = permute_fp8(x, permutation);
+      const Fp8RowTiles weighted = permute_fp8(x, permutation, weights);
+      const auto bytes = [](const at::Tensor& data) { return data.view(at::kByte); };
+      EXPECT_TRUE(same_bits(bytes(rows.data), bytes(weighted.data)));
       const at::Tensor expected =
-          reference::permute(bytes(data).to(at::kFloat), permutation).to(at::kByte);
-      EXPECT_TRUE(same_bits(bytes(rows), expected));
-      EXPECT_TRUE(same_bits(plain_scales, reference::permute(scales, permutation)));
+          reference::permute(bytes(x.data).to(at::kFloat), permutation).to(at::kByte);
+      EXPECT_TRUE(same_bits(bytes(rows.data), expected));
+      EXPECT_TRUE(same_bits(rows.scales, reference::permute(x.scales, permutation)));
       const at::Tensor chosen = permutation.choice_of.clamp_min(0);
       const at::Tensor weight_of_row = weights.flatten().index_select(0, chosen).unsqueeze(-1);
-      EXPECT_TRUE(close(weighted, reference::permute(scales, permutation) * weight_of_row, 0.0));
+      EXPECT_TRUE(close(weighted.scales, rows.scales * weight_of_row, 0.0));
     }
   }
 }
