@@ -71,6 +71,10 @@ def swiglu_backward(d, make):
     return Case(swiglu, (gate_up,), (gate_up,), (make.normal((d["T"], d["I"])),))
 
 
+def swiglu_inputs(d, make, grad):
+    return make.normal((d["T"], 2 * d["I"]), grad=grad), make.floats((d["T"],), grad=grad)
+
+
 def rotate(x, cos, sin, positions):
     """Interleaved pairs of the last dim of x [T, H, R], in FP32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -228,6 +232,28 @@ def permutation(d, make):
     return row_of.view(d["T"], d["K"]), choice_of // d["K"]
 
 
+def padded_order(experts, num_experts, rows):
+    """(row_of, choice_of) with each expert's rows at a multiple of 128; -1 for padding."""
+    counts, _, row_of, _ = order(experts, num_experts)
+    extra = (counts + 127) // 128 * 128 - counts
+    row_of = row_of + (extra.cumsum(0) - extra)[experts.flatten()]
+    choices = torch.arange(row_of.numel(), device=row_of.device)
+    return row_of, torch.full((rows,), -1, dtype=torch.long, device=row_of.device).scatter(0, row_of, choices)
+
+
+def make_permutation_padded(d, make):
+    return Case(padded_order, (distinct_experts(d, make), d["E"], d["Rows"]))
+
+
+def padded_rows(x, choice_of, choices):
+    return torch.where(choice_of[:, None] >= 0, x[choice_of.clamp(min=0) // choices], 0)
+
+
+def permute_padded(d, make):
+    choice_of = padded_order(distinct_experts(d, make), d["E"], d["Rows"])[1]
+    return Case(padded_rows, (make.normal((d["T"], d["D"])), choice_of, d["K"]))
+
+
 def gather_rows(x, token_of):
     return x[token_of]
 
@@ -326,5 +352,6 @@ def normal_fill(d, make):
 CASES = {name: function for name, function in list(globals().items())
          if callable(function) and name.endswith(("_forward", "_backward"))}
 CASES |= {"rms_norm_latent_forward": rms_norm_forward, "rms_norm_latent_backward": rms_norm_backward,
-          "cross_entropy": cross_entropy, "make_permutation": make_permutation, "gradient_norm": gradient_norm,
+          "cross_entropy": cross_entropy, "make_permutation": make_permutation,
+          "make_permutation_padded": make_permutation_padded, "permute_padded": permute_padded, "gradient_norm": gradient_norm,
           "adamw": adamw, "optimizer_step": optimizer_step, "normal_fill": normal_fill}

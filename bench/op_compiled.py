@@ -20,6 +20,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 
+import compiled_fp8_cases  # noqa: F401  adds its cases
 from compiled_cases import CASES
 
 HERE = os.path.dirname(os.path.abspath(__file__))

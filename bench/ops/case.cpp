@@ -121,9 +121,9 @@ Stream Setup::stream() const {
 
 std::vector<Benchmark> benchmarks() {
   std::vector<Benchmark> all;
-  for (const auto family :
-       {elementwise_benchmarks(), rotary_benchmarks(), loss_benchmarks(), routing_benchmarks(),
-        permutation_benchmarks(), optimizer_benchmarks()}) {
+  for (const auto family : {elementwise_benchmarks(), fused_benchmarks(), quantize_benchmarks(),
+                            rotary_benchmarks(), loss_benchmarks(), routing_benchmarks(),
+                            permutation_benchmarks(), optimizer_benchmarks()}) {
     all.insert(all.end(), family.begin(), family.end());
   }
   return all;

@@ -99,6 +99,8 @@ struct Benchmark {
 
 // Each family's cases; benchmarks() holds all of them in this order.
 std::span<const Benchmark> elementwise_benchmarks();
+std::span<const Benchmark> fused_benchmarks();
+std::span<const Benchmark> quantize_benchmarks();
 std::span<const Benchmark> rotary_benchmarks();
 std::span<const Benchmark> loss_benchmarks();
 std::span<const Benchmark> routing_benchmarks();

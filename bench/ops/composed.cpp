@@ -21,12 +21,14 @@ std::function<void()> composed_forward(std::function<void()> forward) {
 
 std::function<void()> composed_backward(std::function<std::vector<at::Tensor>()> forward,
                                         std::vector<at::Tensor> inputs,
-                                        std::vector<at::Tensor> upstream) {
+                                        std::vector<at::Tensor> upstream,
+                                        std::function<void(const std::vector<at::Tensor>&)> then) {
   const auto outputs = std::make_shared<std::vector<at::Tensor>>();
   return [outputs, forward = std::move(forward), inputs = std::move(inputs),
-          upstream = std::move(upstream)] {
+          upstream = std::move(upstream), then = std::move(then)] {
     if (outputs->empty()) *outputs = forward();
-    torch::autograd::grad(*outputs, inputs, upstream, /*retain_graph=*/true);
+    const auto gradients = torch::autograd::grad(*outputs, inputs, upstream, /*retain_graph=*/true);
+    if (then) then(gradients);
   };
 }
 

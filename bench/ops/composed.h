@@ -14,10 +14,12 @@ at::Tensor leaf(const at::Tensor& tensor);
 std::function<void()> composed_forward(std::function<void()> forward);
 
 /// LibTorch's backward alone: the first call records `forward` once; every call goes back through
-/// that graph from `upstream` (gradients of the outputs) to the gradients of `inputs`.
-std::function<void()> composed_backward(std::function<std::vector<at::Tensor>()> forward,
-                                        std::vector<at::Tensor> inputs,
-                                        std::vector<at::Tensor> upstream);
+/// that graph from `upstream` (gradients of the outputs) to the gradients of `inputs`, which `then`
+/// may use.
+std::function<void()> composed_backward(
+    std::function<std::vector<at::Tensor>()> forward, std::vector<at::Tensor> inputs,
+    std::vector<at::Tensor> upstream,
+    std::function<void(const std::vector<at::Tensor>&)> then = {});
 
 /// Gradient of the scalar that `forward` returns, forward and backward in each call.
 std::function<void()> composed_both(std::function<at::Tensor()> forward, at::Tensor input);

@@ -1,7 +1,9 @@
 // The two ends of the model: the embedding table and the loss over the vocabulary.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones_like.h>
 
 #include <cmath>
 
@@ -9,6 +11,7 @@
 #include "bench/ops/composed.h"
 #include "kernels/elementwise.h"
 #include "kernels/loss.h"
+#include "ops/split_cross_entropy.h"
 
 namespace dsv3::bench {
 namespace {
@@ -96,12 +99,85 @@ Work make_cross_entropy(Setup& s) {
       composed_both([=] { return at::cross_entropy_loss(input.to(at::kFloat), targets); }, input)};
 }
 
+// Tensor parallelism over this many parts: the first one is timed.
+constexpr int64_t kParts = 8;
+
+int64_t part_size(const Problem& p) {
+  return p.shape.vocab / kParts;
+}
+
+std::vector<std::pair<const char*, int64_t>> part_dims(const Problem& p) {
+  return {{"T", p.tokens}, {"V", part_size(p)}, {"parts", kParts}};
+}
+
+Plan plan_statistics(const Problem& p) {
+  return {part_dims(p), p.tokens * (part_size(p) * p.element() + 4 + 16)};
+}
+
+Plan plan_finish(const Problem& p) {
+  return {part_dims(p), p.tokens * (2 * part_size(p) * p.element() + 4 + 16 * kParts + 8)};
+}
+
+struct PartInputs {
+  at::Tensor logits, labels;  // [T, V / parts], [T] int32 in the part
+  ops::VocabPart part;
+};
+
+PartInputs make_part(Setup& s) {
+  const int64_t V = part_size(s.problem);
+  return {s.normal({s.problem.tokens, V}),
+          s.integers({s.problem.tokens}, V),
+          {.begin = 0, .total = kParts * V}};
+}
+
+/// {largest, Σ e^(logit - largest), label's logit} of each token.
+std::vector<at::Tensor> composed_statistics(const at::Tensor& logits, const at::Tensor& labels) {
+  const at::Tensor largest = logits.amax(1, /*keepdim=*/true).to(at::kFloat);
+  return {largest, (logits.to(at::kFloat) - largest).exp().sum(1, true), logits.gather(1, labels)};
+}
+
+Work make_statistics(Setup& s) {
+  const PartInputs in = make_part(s);
+  const at::Tensor targets = s.keep(in.labels.to(at::kLong).unsqueeze(1));
+  return {[in] { ops::vocab_statistics(in.logits, in.labels, in.part); },
+          composed_forward([in, targets] {
+            composed_statistics(in.logits, targets);
+            in.logits.argmax(1);
+          })};
+}
+
+Work make_finish(Setup& s) {
+  const PartInputs in = make_part(s);
+  const at::Tensor targets = s.keep(in.labels.to(at::kLong).unsqueeze(1));
+  const at::Tensor scale = s.keep(at::full({}, 1.0 / static_cast<double>(s.problem.tokens),
+                                           in.labels.options().dtype(at::kFloat)));
+  const at::Tensor statistics = s.keep(
+      ops::vocab_statistics(in.logits, in.labels, in.part).unsqueeze(0).repeat({kParts, 1, 1}));
+  const auto sums = composed_statistics(in.logits, targets);
+  const at::Tensor largest = s.keep(sums[0]), sum = s.keep(sums[1] * kParts);
+  const at::Tensor ones = s.keep(at::ones_like(targets, at::kFloat).neg());
+  return {[in, statistics, scale] {
+            ops::finish_cross_entropy_(in.logits, in.labels, in.part, statistics, scale,
+                                       /*write_gradient=*/true);
+          },
+          composed_forward([=] {
+            const at::Tensor label_logit = in.logits.gather(1, targets).to(at::kFloat);
+            sum.log().add(largest).sub(label_logit);  // the losses
+            const at::Tensor softmax = (in.logits.to(at::kFloat) - largest).exp_().div_(sum);
+            in.logits.copy_(softmax.scatter_add_(1, targets, ones).mul_(scale));
+          })};
+}
+
 constexpr Benchmark kBenchmarks[] = {
     {"embedding_forward", "rows of the table", plan_embedding_forward, make_embedding_forward},
     {"embedding_backward", "rows added into the table's FP32 gradient", plan_embedding_backward,
      make_embedding_backward},
     {"cross_entropy", "loss and gradient of the logits, in place", plan_cross_entropy,
      make_cross_entropy},
+    {"cross_entropy_statistics", "an eighth of the vocabulary: maximum, sum and label's logit",
+     plan_statistics, make_statistics},
+    {"cross_entropy_finish", "the same part's gradient from all parts' statistics, in place",
+     plan_finish, make_finish},
 };
 
 }  // namespace

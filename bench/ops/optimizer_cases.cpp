@@ -2,14 +2,17 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bench/ops/case.h"
 #include "bench/ops/composed.h"
+#include "bench/ops/fp8.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::bench {
@@ -153,6 +156,145 @@ Work make_step(Setup& s) {
           })};
 }
 
+// The variants of AdamW run over this many elements at most: what one of many ranks holds.
+constexpr int64_t kVariantElements = int64_t{1} << 29;
+
+/// Whole rows of the hidden size.
+int64_t variant_rows(const Problem& p) {
+  return std::max<int64_t>(1, std::min(p.flat, kVariantElements) / p.shape.hidden);
+}
+
+int64_t variant_elements(const Problem& p) {
+  return variant_rows(p) * p.shape.hidden;
+}
+
+/// BF16 weights with an FP32 master; gradients and moments in FP32. Reads master, gradient and
+/// moments, writes master, moments and weights.
+Plan plan_master(const Problem& p) {
+  const int64_t n = variant_elements(p);
+  return {{{"n", n}}, n * (4 * 4 + 3 * 4 + 2)};
+}
+
+/// The same and the weights in FP8 128×128 blocks.
+Plan plan_fp8(const Problem& p) {
+  const int64_t n = variant_elements(p), D = p.shape.hidden;
+  const int64_t blocks = (variant_rows(p) + 127) / 128 * ((D + 127) / 128);
+  return {{{"n", n}, {"D", D}}, plan_master(p).bytes + n + 4 * blocks};
+}
+
+/// All in BF16, rounded at random, and a BF16 running mean.
+Plan plan_stochastic(const Problem& p) {
+  const int64_t n = variant_elements(p);
+  return {{{"n", n}}, n * 2 * 9};
+}
+
+struct MasterBuckets {
+  at::Tensor weights, master, gradients, exp_avg, exp_avg_sq;  // [n]
+  at::Tensor step;
+
+  explicit MasterBuckets(Setup& s, int64_t n)
+      : weights(s.empty({n}, at::kBFloat16)),
+        master(s.normal32({n}, 0.02)),
+        gradients(s.normal32({n}, 1e-4)),
+        exp_avg(s.normal32({n}, 1e-4)),
+        exp_avg_sq(s.normal32({n}, 1e-4)),
+        step(s.keep(at::full({}, 100.0, master.options()))) {
+    exp_avg_sq.square_();
+    weights.copy_(master);
+  }
+
+  kernels::AdamW ours() const {
+    return {.size = weights.numel(),
+            .weight_dtype = DType::kBF16,
+            .gradient_dtype = DType::kF32,
+            .moment_dtype = DType::kF32,
+            .weights = weights.mutable_data_ptr(),
+            .master = master.mutable_data_ptr<float>(),
+            .gradients = gradients.mutable_data_ptr(),
+            .exp_avg = exp_avg.mutable_data_ptr(),
+            .exp_avg_sq = exp_avg_sq.mutable_data_ptr(),
+            .learning_rate = static_cast<float>(kLearningRate),
+            .beta1 = static_cast<float>(kBeta1),
+            .beta2 = static_cast<float>(kBeta2),
+            .eps = static_cast<float>(kEps),
+            .weight_decay = static_cast<float>(kDecay),
+            .correction1 = 1.0f,
+            .correction2 = 1.0f,
+            .gradient_scale = nullptr,
+            .skip = nullptr,
+            .zero_gradients = false};
+  }
+  void composed() const {
+    at::_fused_adamw_({master}, {gradients}, {exp_avg}, {exp_avg_sq}, {}, {step}, kLearningRate,
+                      kBeta1, kBeta2, kDecay, kEps, /*amsgrad=*/false, /*maximize=*/false);
+    weights.copy_(master);
+  }
+};
+
+Work make_master(Setup& s) {
+  const MasterBuckets b(s, variant_elements(s.problem));
+  return {[p = b.ours(), stream = s.stream()] { kernels::adamw(p, stream); },
+          composed_forward([b] { b.composed(); })};
+}
+
+Work make_fp8(Setup& s) {
+  const int64_t rows = variant_rows(s.problem), D = s.problem.shape.hidden;
+  const MasterBuckets b(s, rows * D);
+  const int64_t across = (D + 127) / 128, down = (rows + 127) / 128;
+  const kernels::AdamWFp8 p{.update = b.ours(),
+                            .rows = rows,
+                            .columns = D,
+                            .codes = s.empty({rows, D}, at::kByte).mutable_data_ptr<uint8_t>(),
+                            .scales = s.empty({down, across}, at::kFloat).mutable_data_ptr<float>(),
+                            .scale_stride = across,
+                            .rule = {}};
+  return {[p, stream = s.stream()] { kernels::adamw_fp8(p, stream); }, composed_forward([=] {
+            b.composed();
+            const at::Tensor matrix = b.master.view({rows, D});
+            composed_blocks(at::constant_pad_nd(matrix, {0, 0, 0, 128 * down - rows}));
+          })};
+}
+
+Work make_stochastic(Setup& s) {
+  const int64_t n = variant_elements(s.problem);
+  const auto bf16 = [&](double std) { return s.keep(s.normal32({n}, std).to(at::kBFloat16)); };
+  const at::Tensor weights = bf16(0.02), gradients = bf16(1e-4), exp_avg = bf16(1e-4);
+  const at::Tensor exp_avg_sq = bf16(1e-4).square_(), ema = bf16(0.02);
+  const at::Tensor step = s.keep(at::full({}, 100.0, weights.options().dtype(at::kFloat)));
+  kernels::AdamW p{.size = n,
+                   .weight_dtype = DType::kBF16,
+                   .gradient_dtype = DType::kBF16,
+                   .moment_dtype = DType::kBF16,
+                   .weights = weights.mutable_data_ptr(),
+                   .master = nullptr,
+                   .gradients = gradients.mutable_data_ptr(),
+                   .exp_avg = exp_avg.mutable_data_ptr(),
+                   .exp_avg_sq = exp_avg_sq.mutable_data_ptr(),
+                   .learning_rate = static_cast<float>(kLearningRate),
+                   .beta1 = static_cast<float>(kBeta1),
+                   .beta2 = static_cast<float>(kBeta2),
+                   .eps = static_cast<float>(kEps),
+                   .weight_decay = static_cast<float>(kDecay),
+                   .correction1 = 1.0f,
+                   .correction2 = 1.0f,
+                   .gradient_scale = nullptr,
+                   .skip = nullptr,
+                   .zero_gradients = false};
+  p.ema = ema.mutable_data_ptr();
+  p.ema_dtype = DType::kBF16;
+  p.ema_decay = 0.999f;
+  p.stochastic_rounding = true;
+  p.seed = 1;
+  p.step = 1;
+  // LibTorch's fused step rounds to nearest: it has no random rounding.
+  return {[p, stream = s.stream()] { kernels::adamw(p, stream); }, composed_forward([=] {
+            at::_fused_adamw_({weights}, {gradients}, {exp_avg}, {exp_avg_sq}, {}, {step},
+                              kLearningRate, kBeta1, kBeta2, kDecay, kEps, /*amsgrad=*/false,
+                              /*maximize=*/false);
+            ema.lerp_(weights, 1e-3);
+          })};
+}
+
 Plan plan_normal(const Problem& p) {
   const int64_t n = p.tokens * p.shape.hidden;
   return {{{"n", n}}, n * p.element()};
@@ -181,6 +323,10 @@ constexpr Benchmark kBenchmarks[] = {
     {"adamw", "clip, moments, decay and weights in one pass, all of one dtype", plan_adamw,
      make_adamw},
     {"optimizer_step", "norm, clip and AdamW", plan_step, make_step},
+    {"adamw_master", "BF16 weights, FP32 master, gradients and moments", plan_master, make_master},
+    {"adamw_fp8", "the same, and the weights in FP8 blocks in the same pass", plan_fp8, make_fp8},
+    {"adamw_stochastic", "all in BF16 rounded at random, and a running mean", plan_stochastic,
+     make_stochastic},
     {"normal_fill", "N(0, 1) by counter, for initialisation", plan_normal, make_normal},
 };
 

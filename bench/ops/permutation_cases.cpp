@@ -3,6 +3,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
@@ -10,6 +11,7 @@
 #include "bench/ops/case.h"
 #include "bench/ops/composed.h"
 #include "kernels/routing.h"
+#include "ops/permute.h"
 
 namespace dsv3::bench {
 namespace {
@@ -207,13 +209,77 @@ Work make_combine_backward(Setup& s) {
           composed_backward(forward, {rows_leaf, weights_leaf}, {dy})};
 }
 
+/// Rows of one expert begin at multiples of this, as FP8 products want them.
+constexpr int64_t kMultiple = 128;
+
+int64_t padded_total(const Problem& p) {
+  return kernels::permutation_rows(p.tokens * p.shape.choices,
+                                   static_cast<int32_t>(p.shape.experts), kMultiple);
+}
+
+std::vector<std::pair<const char*, int64_t>> padded_dims(const Problem& p) {
+  auto dims = row_dims(p);
+  dims.emplace_back("Rows", padded_total(p));
+  return dims;
+}
+
+Plan plan_make_padded(const Problem& p) {
+  const int64_t choices = p.tokens * p.shape.choices;
+  return {padded_dims(p), 4 * (2 * choices + padded_total(p) + 2 * p.shape.experts)};
+}
+
+Plan plan_permute_padded(const Problem& p) {
+  return {padded_dims(p), (p.tokens + padded_total(p)) * row_bytes(p) +
+                              4 * (p.tokens * p.shape.choices + padded_total(p))};
+}
+
+/// {row_of, choice_of} with each expert's rows at a multiple of 128; -1 for padding.
+std::vector<at::Tensor> composed_padded_order(const at::Tensor& experts, int64_t E, int64_t rows) {
+  const auto order = composed_order(experts, E);
+  const at::Tensor extra =
+      order[0].add(kMultiple - 1).floor_divide(kMultiple).mul(kMultiple).sub(order[0]);
+  const at::Tensor shift = at::cumsum(extra, 0).sub(extra);
+  const at::Tensor row_of = order[2] + shift.index_select(0, experts.flatten());
+  const at::Tensor choices = at::arange(row_of.numel(), row_of.options());
+  return {row_of, at::full({rows}, -1, row_of.options()).scatter_(0, row_of, choices)};
+}
+
+Work make_padded(Setup& s) {
+  const int64_t E = s.problem.shape.experts, rows = padded_total(s.problem);
+  const at::Tensor experts = s.distinct_experts();
+  return {[experts, E] { ops::make_permutation(experts, E, kMultiple); },
+          composed_forward([=] { composed_padded_order(experts, E, rows); })};
+}
+
+/// Where each row of expert order comes from: a token, and whether it is padding [Rows, 1].
+std::pair<at::Tensor, at::Tensor> sources(Setup& s, const ops::Permutation& permutation) {
+  const at::Tensor padding = s.keep(permutation.choice_of.lt(0).unsqueeze(1));
+  return {s.keep(permutation.choice_of.clamp_min(0).floor_divide(s.problem.shape.choices)),
+          padding};
+}
+
+Work make_permute_padded(Setup& s) {
+  const auto permutation =
+      ops::make_permutation(s.distinct_experts(), s.problem.shape.experts, kMultiple);
+  const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
+  const auto [tokens, padding] = sources(s, permutation);
+  return {[x, permutation] { ops::permute(x, permutation); },
+          composed_forward([x, tokens = tokens, padding = padding] {
+            x.index_select(0, tokens).masked_fill_(padding, 0);
+          })};
+}
+
 constexpr Benchmark kBenchmarks[] = {
     {"make_permutation", "stable order by expert, counts and offsets", plan_make,
      make_permutation_case},
+    {"make_permutation_padded", "the same, each expert's rows at a multiple of 128",
+     plan_make_padded, make_padded},
     {"permute_forward", "rows gathered into expert order", plan_permute, make_permute_forward},
     {"permute_fp8_forward", "FP8 rows and their scales gathered into expert order",
      plan_permute_fp8, make_permute_fp8_forward},
     {"permute_backward", "each token's K rows summed", plan_permute, make_permute_backward},
+    {"permute_padded", "rows gathered with the padding between the experts", plan_permute_padded,
+     make_permute_padded},
     {"combine_forward", "base + weighted sum of each token's K rows", plan_combine_forward,
      make_combine_forward},
     {"combine_backward", "gradient of the rows and the weights", plan_combine_backward,
