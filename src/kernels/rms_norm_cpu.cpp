@@ -43,10 +43,13 @@ DSV3_INLINE void add_row(const T* __restrict x, const T* __restrict residual, in
 
 template <typename T>
 DSV3_INLINE void scale_row(const T* __restrict x, const T* __restrict weight, float inv_rms,
-                           int64_t size, bool streamed, T* y) {
+                           int64_t size, bool streamed, const T* next, T* y) {
   detail::write_row(
       y, size,
       streamed, [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
+        if (streamed) {
+          detail::prefetch_bytes(next + first, (last - first) * static_cast<int64_t>(sizeof(T)));
+        }
 #pragma omp simd
         for (int64_t d = first; d < last; ++d) {
           detail::store(&out[d - first],
@@ -81,6 +84,7 @@ DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t en
   alignas(64) T kept[kKeptRow];
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
+    const T* next = x + p.x_stride;  // asked for while this row is written
     if (p.residual != nullptr) {
       T* sum = static_cast<T*>(p.sum) + t * D;
       // A streamed row is read again from here.
@@ -93,11 +97,11 @@ DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t en
     const float inv_rms = 1.0f / std::sqrt(squares / static_cast<float>(D) + p.eps);
     if (p.inv_rms != nullptr) p.inv_rms[t] = inv_rms;
     if (p.y != nullptr) {
-      scale_row(x, static_cast<const T*>(p.weight), inv_rms, D, streamed,
+      scale_row(x, static_cast<const T*>(p.weight), inv_rms, D, streamed, next,
                 static_cast<T*>(p.y) + t * D);
     }
     if (p.second_weight != nullptr) {
-      scale_row(x, static_cast<const T*>(p.second_weight), inv_rms, D, streamed,
+      scale_row(x, static_cast<const T*>(p.second_weight), inv_rms, D, streamed, next,
                 static_cast<T*>(p.second_y) + t * D);
     }
     if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms);
@@ -159,6 +163,13 @@ DSV3_INLINE void write_dx(const BackwardRow<T>& row, float inv_rms, float slope,
   detail::write_row(
       dx, size,
       streamed, [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
+        if (streamed) {
+          // The next row, while this one is written.
+          const int64_t bytes = (last - first) * static_cast<int64_t>(sizeof(T));
+          detail::prefetch_bytes(row.dy + size + first, bytes);
+          detail::prefetch_bytes(row.x + size + first, bytes);
+          if constexpr (kSum) detail::prefetch_bytes(row.dsum + last, bytes);
+        }
 #pragma omp simd
         for (int64_t d = first; d < last; ++d) {
           float v = weighted<kSecond>(row, d) * inv_rms - detail::load(&row.x[d]) * slope;

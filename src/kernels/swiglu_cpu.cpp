@@ -53,6 +53,15 @@ DSV3_INLINE Gradients gradients(float g, float u, float dy, float weight) {
   return {d * u * (sigmoid + silu * (1.0f - sigmoid)), d * silu, silu * u * dy};
 }
 
+/// Of gate and up, the part after `done` elements of a row, or the next row's first.
+template <typename T>
+DSV3_INLINE void prefetch_part(const T* gate, const T* up, int64_t done, int64_t intermediate) {
+  const int64_t next = done < intermediate ? done : 2 * intermediate;
+  constexpr int64_t kBytes = detail::kStaged * static_cast<int64_t>(sizeof(T));
+  detail::prefetch_bytes(gate + next, kBytes);
+  detail::prefetch_bytes(up + next, kBytes);
+}
+
 template <typename T>
 DSV3_INLINE void forward_body(const SwigluForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t I = p.intermediate;
@@ -63,6 +72,7 @@ DSV3_INLINE void forward_body(const SwigluForward& p, int64_t begin, int64_t end
     detail::write_row(
         static_cast<T*>(p.y) + t * I, I, streamed,
         [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
+          if (streamed) prefetch_part(gate, up, last, I);
 #pragma omp simd
           for (int64_t i = first; i < last; ++i) {
             detail::store(&out[i - first],
@@ -112,6 +122,10 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
     for (int64_t first = 0; first < I; first += detail::kStaged) {
       const int64_t size = std::min(detail::kStaged, I - first);
       alignas(64) T staged[2][detail::kStaged];
+      if (streamed) {
+        prefetch_part(gate, gate + I, first + size, I);
+        detail::prefetch_bytes(dy + first + size, size * static_cast<int64_t>(sizeof(T)));
+      }
       if (p.drow_weight != nullptr) {
         share += share_of(gate + first, gate + I + first, dy + first, size);
       }
