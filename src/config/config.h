@@ -170,8 +170,10 @@ struct OptimizerConfig {
 };
 
 struct CheckpointConfig {
-  int64_t every_steps = 0;  // 0 = only at the end
-  int64_t keep_last = 2;
+  int64_t every_steps = 0;   // 0 = not by steps
+  double every_minutes = 0;  // since the last save; 0 = not by time
+  int64_t keep_last = 2;     // newest checkpoints that are kept
+  int64_t keep_every = 0;    // steps; checkpoints of its multiples are kept for good; 0 = none
   bool operator==(const CheckpointConfig&) const = default;
 };
 

@@ -169,12 +169,16 @@ constexpr Field kRun[] = {
      kDTypes},
 
     {"checkpoint.every_steps", DSV3_SLOT(checkpoint.every_steps), "steps",
-     "steps between checkpoints; 0 = only at the end", kCount},
+     "steps between checkpoints; 0 = not by steps; there is always one at the end", kCount},
+    {"checkpoint.every_minutes", DSV3_SLOT(checkpoint.every_minutes), "minutes",
+     "time between checkpoints, also beside every_steps; 0 = not by time", kNotNegative},
     {"checkpoint.keep_last",
      DSV3_SLOT(checkpoint.keep_last),
      "checkpoints",
-     "checkpoints that are kept",
+     "newest checkpoints that are kept",
      {1, 1e9}},
+    {"checkpoint.keep_every", DSV3_SLOT(checkpoint.keep_every), "steps",
+     "checkpoints of every multiple of this are kept for good; 0 = none", kCount},
 
     {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "", "write TensorBoard event files"},
     {"monitor.wandb", DSV3_SLOT(monitor.wandb), "", "send metrics to Weights & Biases"},

@@ -1,6 +1,7 @@
 #include "inference/run.h"
 
 #include "base/error.h"
+#include "checkpoint/catalogue.h"
 #include "checkpoint/hf_config.h"
 #include "checkpoint/weights.h"
 #include "config/load.h"
@@ -27,6 +28,7 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
   OpenedModel opened;
   opened.device = options.device;
   opened.checkpoint = checkpoint_of(directory);
+  require_undamaged(opened.checkpoint);
   const HfConfig described = load_hf_config(opened.checkpoint);
   ModelConfig config = described.model;
   if (const auto yaml = opened.checkpoint / "dsv3.yaml"; fs::exists(yaml)) {

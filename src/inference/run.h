@@ -35,7 +35,7 @@ struct OpenOptions {
 /// safetensors under the released names, ours or anybody's), for evaluation and generation: no
 /// gradients, no MTP modules. The model comes from dsv3.yaml where a checkpoint of ours holds one,
 /// else from config.json. Throws std::invalid_argument when `directory` is neither, IoError when a
-/// file fails.
+/// file fails, or a checkpoint of ours is damaged (every byte is checked).
 OpenedModel open_model(const std::filesystem::path& directory, const OpenOptions& options);
 
 }  // namespace dsv3

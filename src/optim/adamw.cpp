@@ -54,6 +54,20 @@ void AdamW::reset_masters() {
     if (states_[i].master.defined()) states_[i].master.copy_(buckets_[i].values);
 }
 
+std::vector<Companion> AdamW::state() const {
+  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}}, masters{"master", {}};
+  bool any_master = false;
+  for (const State& state : states_) {
+    averages.flats.push_back(state.exp_avg);
+    squares.flats.push_back(state.exp_avg_sq);
+    masters.flats.push_back(state.master);
+    any_master = any_master || state.master.defined();
+  }
+  std::vector<Companion> companions{std::move(averages), std::move(squares)};
+  if (any_master) companions.push_back(std::move(masters));
+  return companions;
+}
+
 GradientNorm AdamW::gradient_norm() {
   const auto stream = ops::stream_of(sums_);
   for (size_t i = 0; i < buckets_.size(); ++i) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "nn/companion.h"
 #include "nn/parameter.h"
 
 namespace dsv3 {
@@ -45,6 +46,13 @@ class AdamW {
   void reset_masters();
 
   int64_t steps_done() const { return steps_done_; }
+
+  /// The state for a checkpoint: "exp_avg", "exp_avg_sq" and, where there are masters, "master".
+  /// The tensors are the optimizer's own: filling them, with restore_steps(), continues a saved
+  /// run.
+  std::vector<Companion> state() const;
+  /// Steps behind the loaded state; they enter the correction of the moments' bias.
+  void restore_steps(int64_t steps) { steps_done_ = steps; }
 
  private:
   struct State {

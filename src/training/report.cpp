@@ -82,6 +82,7 @@ void Trainer::report(PendingNumbers pending, const StepInfo& info) {
   mark_ = now;
   smooth_step_seconds_ =
       smooth_step_seconds_ == 0 ? seconds : 0.9 * smooth_step_seconds_ + 0.1 * seconds;
+  longest_step_seconds_ = std::max(seconds, 0.98 * longest_step_seconds_);
   monitor_->step(make_record(numbers, info, seconds), seconds_left(info.step));
   if (!std::isfinite(numbers.loss) || !std::isfinite(numbers.grad_norm)) {
     const auto message = fmt::format(
@@ -101,8 +102,9 @@ std::optional<Evaluation> Trainer::evaluate_now() {
                                       .sequences_per_batch = config_.training.micro_batch_size,
                                       .num_batches = config_.training.eval_batches,
                                       .mask_documents = config_.data.mask_across_documents,
-                                      .stop_requested = options_.stop_requested});
+                                      .stop_requested = [this] { return must_stop(); }});
   if (!result.complete) return std::nullopt;
+  evaluated_step_ = steps_done_;
   Record record{.step = steps_done_, .values = {}};
   record.add(metric::kEvalLoss, result.loss);
   record.add(metric::kEvalBitsPerByte, result.bits_per_byte);

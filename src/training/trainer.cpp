@@ -2,12 +2,10 @@
 
 #include "base/error.h"
 #include "base/file.h"
-#include "checkpoint/weights.h"
 #include "config/load.h"
 #include "monitor/hardware.h"
 #include "planner/flops.h"
 #include "training/device.h"
-#include "training/run_directory.h"
 
 namespace dsv3 {
 
@@ -19,11 +17,26 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
   require(config_.training.steps > 0, "training.steps: {}, but a run needs at least 1",
           config_.training.steps);
   configure_process(config_.training.num_threads, config_.training.deterministic);
-  // An earlier run is moved aside only when this one has its data and its memory.
-  require_free_directory(options_.directory, options_.overwrite);
+  std::optional<ResumePoint> point;
+  std::vector<std::string> notes;
+  if (holds_run(options_.directory)) lock_ = std::make_unique<RunLock>(options_.directory);
+  if (!options_.overwrite) {
+    point = find_resume_point(options_.directory, options_.from_step);
+    if (point) notes = allowed_changes(point->config, config_, options_.directory);
+    for (std::string& note : notes) note = "changed   " + note;
+  }
+  // The directory is touched only when this run has its data and its memory.
   open_data();
   build_model();
-  const auto moved = prepare_run_directory(options_.directory, options_.overwrite);
+  if (point) {
+    restore(*point);
+    for (std::string& note : settle_directory(*point)) notes.push_back(std::move(note));
+  } else {
+    lock_.reset();
+    const auto moved = prepare_run_directory(options_.directory);
+    lock_ = std::make_unique<RunLock>(options_.directory);
+    if (moved) notes.push_back(fmt::format("the earlier run was moved to {}", moved->string()));
+  }
   monitor_ = std::make_unique<RunMonitor>(
       options_.directory,
       Console::Options{.out = options_.console,
@@ -32,8 +45,9 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
                        .every = std::max<int64_t>(1, config_.training.log_every),
                        .bits_per_byte = config_.data.tokenizer == "bytes"});
   write_file_atomically(options_.directory / "config.yaml", to_yaml(config_));
-  if (moved) monitor_->info(fmt::format("the earlier run was moved to {}", moved->string()));
   announce();
+  for (const std::string& note : notes) monitor_->info(note);
+  if (point) monitor_->event(steps_done_, "resume", {{"checkpoint", point->checkpoint.string()}});
 }
 
 Trainer::~Trainer() = default;
@@ -75,6 +89,10 @@ void Trainer::build_model() {
                                                     .clip = optimizer.clip,
                                                     .master_weights = optimizer.master_weights,
                                                     .moment_dtype = optimizer.moment_dtype});
+  saver_ = std::make_unique<Saver>(parameters_, config_.model,
+                                   Saver::Options{.keep_last = config_.checkpoint.keep_last,
+                                                  .keep_every = config_.checkpoint.keep_every});
+  policy_.emplace(config_.checkpoint, 0.0);
   flops_per_token_ = flops_per_token(config_.model, parameters_, config_.data.sequence_length);
   if (device_.is_cuda()) peak_tflops_ = peak_bf16_tflops(device_name(device_));
 }
@@ -104,6 +122,7 @@ PendingNumbers Trainer::step() {
   const double learning_rate =
       config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
   const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
+  saver_->before_change(device_);  // a save under way still reads what changes now
   const GradientNorm norm = optimizer_->step(learning_rate);
   if (sums.loads.defined() && config_.model.moe.use_bias && bias_rate != 0)
     model_->update_router_biases(sums.loads, bias_rate);
@@ -115,26 +134,6 @@ PendingNumbers Trainer::step() {
   info_.sequences = batch.sequences;
   info_.learning_rate = learning_rate;
   return {sums, norm, batch};
-}
-
-void Trainer::save() {
-  const auto directory = checkpoint_directory(options_.directory, steps_done_);
-  SaveOptions options;
-  options.eos_token_ids = {tokenizer().specials().end_of_document};
-  options.extra_files = {{"dsv3.yaml", to_yaml(config_)}};
-  save_weights(directory, parameters_, config_.model, options);
-  saved_ = directory;
-  monitor_->info(fmt::format("saved     {}", directory.string()));
-  prune_checkpoints(options_.directory, config_.checkpoint.keep_last);
-}
-
-std::optional<StopReason> Trainer::stop_reason() const {
-  if (steps_done_ >= config_.training.steps) return StopReason::kFinished;
-  if (options_.stop_requested && options_.stop_requested()) return StopReason::kRequested;
-  const double limit = config_.training.time_limit_minutes * 60;
-  if (limit > 0 && steps_done_ > 0 && seconds_between(started_, Clock::now()) >= limit)
-    return StopReason::kTimeLimit;
-  return std::nullopt;
 }
 
 void Trainer::profile_before_step() {
@@ -155,6 +154,18 @@ void Trainer::profile_after_step() {
 TrainingResult Trainer::run() {
   const auto due = [this](int64_t every) { return every > 0 && steps_done_ % every == 0; };
   started_ = mark_ = Clock::now();
+  if (finished_ && steps_done_ >= config_.training.steps)
+    return {.reason = StopReason::kFinished,
+            .steps = steps_done_,
+            .evaluation = {},
+            .checkpoint = saved_};
+  if (device_.is_cuda() &&
+      (config_.checkpoint.every_steps > 0 || config_.checkpoint.every_minutes > 0))
+    saver_->prepare(state_of(parameters_, companions()));
+  // A stop may have come between a step and its evaluation.
+  if (steps_done_ > 0 && steps_done_ < config_.training.steps && due(config_.training.eval_every) &&
+      evaluated_step_ != steps_done_)
+    evaluate_now();
   std::optional<StopReason> reason;
   std::optional<std::pair<PendingNumbers, StepInfo>> pending;
   while (!(reason = stop_reason())) {
@@ -164,28 +175,44 @@ TrainingResult Trainer::run() {
     // On CUDA the step before is read while this one runs; the host is then always one step ahead.
     if (pending) report(std::move(pending->first), pending->second);
     pending.emplace(std::move(numbers), info_);
-    const bool pause = due(config_.training.eval_every) || due(config_.checkpoint.every_steps);
+    finish_save(saver_->poll());
+    const bool requested = options_.save_requested && options_.save_requested();
+    const bool save = policy_->due(steps_done_, seconds_between(started_, Clock::now()), requested);
+    const bool pause = due(config_.training.eval_every) || save;
     if (device_.is_cuda() && !pause) continue;
     report(std::move(pending->first), pending->second);
     pending.reset();
     if (steps_done_ >= config_.training.steps) continue;
     if (due(config_.training.eval_every)) evaluate_now();
-    if (due(config_.checkpoint.every_steps)) save();
+    if (save) start_save();
     if (pause) mark_ = Clock::now();
   }
   if (pending) report(std::move(pending->first), pending->second);
+  return finish(*reason);
+}
 
-  TrainingResult result{
-      .reason = *reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
-  if (*reason == StopReason::kTimeLimit)
+TrainingResult Trainer::finish(StopReason reason) {
+  finish_save(saver_->wait());
+  TrainingResult result{.reason = reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
+  if (reason == StopReason::kTimeLimit)
     monitor_->info(fmt::format("the time limit of {} minutes is reached after step {}",
                                config_.training.time_limit_minutes, steps_done_));
-  if (*reason == StopReason::kRequested)
+  if (reason == StopReason::kWallClock)
+    monitor_->info(fmt::format("the limit of {} is near: stopped after step {}",
+                               short_time(options_.wall_clock_limit), steps_done_));
+  if (reason == StopReason::kRequested)
     monitor_->info(fmt::format("stopped after step {}", steps_done_));
-  if (*reason != StopReason::kRequested) result.evaluation = evaluate_now();
-  if (options_.stop_requested && options_.stop_requested()) result.reason = StopReason::kRequested;
-  save();
+  const bool evaluates = reason == StopReason::kFinished || reason == StopReason::kTimeLimit;
+  if (evaluates) result.evaluation = evaluate_now();
+  const bool whole = !validation_ || result.evaluation.has_value();
+  if (evaluates && !whole)
+    result.reason = options_.stop_requested && options_.stop_requested() ? StopReason::kRequested
+                                                                         : StopReason::kWallClock;
+  finished_ = reason == StopReason::kFinished && whole;
+  save_at_end();
   result.checkpoint = saved_;
+  const char* why[] = {"finished", "time_limit", "wall_clock", "requested"};
+  monitor_->event(steps_done_, "stopped", {{"reason", why[static_cast<size_t>(result.reason)]}});
   return result;
 }
 

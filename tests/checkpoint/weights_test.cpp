@@ -1,4 +1,5 @@
 #include "checkpoint/weights.h"
+#include "checkpoint/catalogue.h"
 
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>

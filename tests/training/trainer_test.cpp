@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "base/file.h"
+#include "checkpoint/catalogue.h"
 #include "checkpoint/weights.h"
 #include "config/load.h"
 #include "support/compare.h"
