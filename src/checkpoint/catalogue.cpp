@@ -1,8 +1,6 @@
 #include "checkpoint/catalogue.h"
 
 #include <algorithm>
-#include <charconv>
-#include <limits>
 #include <system_error>
 
 #include "base/error.h"
@@ -13,8 +11,6 @@ namespace dsv3 {
 namespace fs = std::filesystem;
 
 namespace {
-
-constexpr std::string_view kPrefix = "step_";
 
 fs::path root_of(const fs::path& run) {
   return run / "checkpoints";
@@ -47,17 +43,7 @@ fs::path free_name(const fs::path& wanted) {
 }  // namespace
 
 fs::path checkpoint_directory(const fs::path& run, int64_t step) {
-  return root_of(run) / fmt::format("{}{}", kPrefix, step);
-}
-
-int64_t step_of(const fs::path& checkpoint) {
-  const fs::path path = checkpoint.has_filename() ? checkpoint : checkpoint.parent_path();
-  const std::string name = path.filename().string();
-  if (!name.starts_with(kPrefix)) return -1;
-  int64_t step = -1;
-  const char* end = name.data() + name.size();
-  const auto [stop, error] = std::from_chars(name.data() + kPrefix.size(), end, step);
-  return error == std::errc() && stop == end && step >= 0 ? step : -1;
+  return root_of(run) / fmt::format("step_{}", step);
 }
 
 std::vector<CheckpointEntry> checkpoints_of(const fs::path& run) {

@@ -19,9 +19,6 @@ struct CheckpointEntry {
 /// RUN/checkpoints/step_N.
 std::filesystem::path checkpoint_directory(const std::filesystem::path& run, int64_t step);
 
-/// N of a path that ends in step_N; -1 for other names.
-int64_t step_of(const std::filesystem::path& checkpoint);
-
 /// Every directory step_N of a run, by step; whole or not. Half-written and half-removed ones have
 /// other names and are never seen. Empty when the run has none. Throws IoError.
 std::vector<CheckpointEntry> checkpoints_of(const std::filesystem::path& run);

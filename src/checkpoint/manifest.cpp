@@ -132,10 +132,24 @@ Manifest read_manifest(const fs::path& directory) {
   return parse_manifest(read_file(path), path);
 }
 
+int64_t step_of(const fs::path& checkpoint) {
+  constexpr std::string_view kPrefix = "step_";
+  const fs::path path = checkpoint.has_filename() ? checkpoint : checkpoint.parent_path();
+  const std::string name = path.filename().string();
+  if (!name.starts_with(kPrefix)) return -1;
+  int64_t step = -1;
+  const char* end = name.data() + name.size();
+  const auto [stop, error] = std::from_chars(name.data() + kPrefix.size(), end, step);
+  return error == std::errc() && stop == end && step >= 0 ? step : -1;
+}
+
 std::vector<std::string> find_damage(const fs::path& directory, Check check) {
   std::vector<std::string> damage;
   try {
     const Manifest manifest = read_manifest(directory);
+    if (const int64_t step = step_of(directory); step >= 0 && step != manifest.step)
+      damage.push_back(fmt::format("{}: is that of step {}, but the directory is called step_{}",
+                                   kManifestName, manifest.step, step));
     for (const auto& [name, file] : manifest.files) {
       const std::string cause = damage_of(directory / name, file, check);
       if (!cause.empty()) damage.push_back(fmt::format("{}: {}", name, cause));

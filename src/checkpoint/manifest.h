@@ -36,13 +36,17 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
 /// parse_manifest of `directory`/manifest.json. Throws IoError, also where there is none.
 Manifest read_manifest(const std::filesystem::path& directory);
 
+/// N of a path that ends in step_N; -1 for other names.
+int64_t step_of(const std::filesystem::path& checkpoint);
+
 enum class Check : uint8_t {
   kSizes,     // the manifest, and every file's presence and size
   kChecksums  // every byte besides
 };
 
 /// What is wrong with a checkpoint directory, one "FILE: cause" each; empty when it is whole. Files
-/// that the manifest does not name count as wrong: nobody knows what they would change.
+/// that the manifest does not name count as wrong, since nobody knows what they would change, and
+/// so does a directory step_N with the manifest of another step.
 std::vector<std::string> find_damage(const std::filesystem::path& directory, Check check);
 
 }  // namespace dsv3

@@ -161,7 +161,7 @@ TrainingResult Trainer::run() {
             .checkpoint = saved_};
   if (device_.is_cuda() &&
       (config_.checkpoint.every_steps > 0 || config_.checkpoint.every_minutes > 0))
-    saver_->prepare(state_of(parameters_, companions()));
+    saver_->prepare(saved_state());
   // A stop may have come between a step and its evaluation.
   if (steps_done_ > 0 && steps_done_ < config_.training.steps && due(config_.training.eval_every) &&
       evaluated_step_ != steps_done_)

@@ -89,6 +89,8 @@ class Trainer {
   const at::Device& device() const { return device_; }
   int64_t steps_done() const { return steps_done_; }
   std::optional<Evaluation> evaluate_now();
+  /// The live tensors that a checkpoint holds.
+  StateTensors saved_state() const { return state_of(parameters_, companions()); }
 
  private:
   using Clock = std::chrono::steady_clock;

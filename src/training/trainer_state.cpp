@@ -74,8 +74,8 @@ std::vector<std::string> Trainer::settle_directory(const ResumePoint& point) {
 bool Trainer::out_of_time() const {
   const double limit = options_.wall_clock_limit;
   if (limit <= 0) return false;
-  const double margin = stop_margin(limit, longest_step_seconds_, longest_save_seconds_,
-                                    state_of(parameters_, companions()).num_bytes());
+  const double margin =
+      stop_margin(limit, longest_step_seconds_, longest_save_seconds_, saved_state().num_bytes());
   return seconds_between(options_.started, Clock::now()) + margin >= limit;
 }
 
@@ -96,7 +96,7 @@ std::optional<StopReason> Trainer::stop_reason() const {
 SaveJob Trainer::save_job() const {
   SaveJob job{.run = options_.directory,
               .step = steps_done_,
-              .state = state_of(parameters_, companions()),
+              .state = saved_state(),
               .options = {},
               .sync_first = {options_.directory / "metrics.jsonl"}};
   job.options.eos_token_ids = {tokenizer().specials().end_of_document};

@@ -303,7 +303,9 @@ TEST_F(TrainerTest, WhatCannotTrainIsRefused) {
   config.training.steps = 0;
   refused(config, "training.steps");
   train("refused", config_);  // what failed left nothing in the way
-  refused(config_, "--overwrite");
+  config = config_;
+  config.model.hidden_size = 48;
+  refused(config, "--overwrite");
 }
 
 }  // namespace
