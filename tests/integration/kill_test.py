@@ -1,7 +1,7 @@
 """Kills the trainer at random moments, saves included, lets it go on each time, and compares what it ends with, bit by
 bit, with a run that nobody disturbed.
 
-Usage: kill_test.py --dsv3 PATH [--kills N] [--seed N]. Ends with `N passed, N failed, N skipped`.
+Usage: kill_test.py --dsv3 PATH [--kills N] [--reach STEPS] [--seed N]. Ends with `N passed, N failed, N skipped`.
 Needs Python's standard library only. The long version (--kills 100) and its result: docs/reliability.md.
 
 Rounds of a short training are run until there were N kills. In each, the same directory is trained with `dsv3 train`
@@ -40,6 +40,13 @@ checkpoint: {every_steps: 3, keep_last: 2, keep_every: 20}
 
 class Failure(Exception):
     pass
+
+
+def processor():
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.machine()
 
 
 def check(condition, message):
@@ -84,8 +91,8 @@ def compare(run, reference):
 
 
 class KillTest:
-    def __init__(self, dsv3, directory, rng):
-        self.dsv3, self.directory, self.rng = dsv3, Path(directory), rng
+    def __init__(self, dsv3, directory, rng, reach):
+        self.dsv3, self.directory, self.rng, self.reach = dsv3, Path(directory), rng, reach
         self.kills = self.in_saves = self.in_starts = 0
         self.start_seconds = self.step_seconds = 0.0  # of the undisturbed run
         words = ["in", "the", "beginning", "was", "word", "and", "light", "shone", "over", "water"]
@@ -120,7 +127,7 @@ class KillTest:
         starting = self.rng.random() < 0.2
         if not starting:
             self.wait_for_life(process, run, size)
-        time.sleep(self.rng.uniform(0, self.start_seconds if starting else 15 * self.step_seconds))
+        time.sleep(self.rng.uniform(0, self.start_seconds if starting else self.reach * self.step_seconds))
         finished = process.poll() is not None
         process.kill()
         code = process.wait()
@@ -173,15 +180,16 @@ def main():
     parser.add_argument("--dsv3", required=True)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn and printed when absent")
+    parser.add_argument("--reach", type=float, default=15, help="steps after which a process is killed at the latest")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
     start, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="dsv3_kill_") as directory:
-        test = KillTest(str(Path(arguments.dsv3).resolve()), directory, random.Random(seed))
+        test = KillTest(str(Path(arguments.dsv3).resolve()), directory, random.Random(seed), arguments.reach)
         try:
             rounds = test.run(arguments.kills)
-            print(f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores: "
+            print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores: "
                   f"{test.kills} kills in {rounds} rounds ({test.in_starts} while a process started, {test.in_saves} "
                   f"with a save under way), every round bitwise equal, {time.monotonic() - start:.0f} s")
         except Failure as failure:
