@@ -55,7 +55,7 @@ at::Tensor value_in(const StateTensors& state, const ParameterSet& parameters,
 }
 
 void load_companion(const fs::path& checkpoint, const ParameterSet& parameters,
-                    const Companion& target) {
+                    const Companion& target, bool part_only) {
   const c10::AutoGradMode no_gradients(false);
   const WeightFiles files(checkpoint, target.prefix);
   detail::NameCheck check(files);
@@ -73,7 +73,7 @@ void load_companion(const fs::path& checkpoint, const ParameterSet& parameters,
     }
   }
   for (const std::string& name : files.names()) {
-    if (!check.expected(name)) check.unexpected(name);
+    if (!part_only && !check.expected(name)) check.unexpected(name);
   }
   check.raise(checkpoint, "the saved state '" + target.prefix + "' does not fit the run");
   for (const auto& [name, view] : places)

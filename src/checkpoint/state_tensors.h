@@ -35,9 +35,10 @@ at::Tensor value_in(const StateTensors& state, const ParameterSet& parameters,
 /// Fills `target`'s tensors from PREFIX.safetensors (or its shards) of a checkpoint: one tensor
 /// `PREFIX.NAME` for each piece of each trainable parameter whose bucket has one. Types are
 /// converted where they differ. Before anything is changed all names and shapes are checked; what
-/// is missing, unexpected or of another shape is named in one std::invalid_argument.
+/// is missing, unexpected or of another shape is named in one std::invalid_argument. With
+/// `part_only`, tensors of parameters that are not declared here (MTP modules) are passed over.
 void load_companion(const std::filesystem::path& checkpoint, const ParameterSet& parameters,
-                    const Companion& target);
+                    const Companion& target, bool part_only = false);
 
 /// Whether the checkpoint holds a companion of that prefix.
 bool has_companion(const std::filesystem::path& checkpoint, const std::string& prefix);

@@ -16,6 +16,7 @@
 #include "cli/commands.h"
 #include "config/load.h"
 #include "inference/generate.h"
+#include "training/replay.h"
 #include "training/resume.h"
 #include "training/run_directory.h"
 #include "training/stop_signals.h"
@@ -33,6 +34,7 @@ constexpr const char* kExamples = R"(Examples:
   dsv3 train runs/first --steps 400                the same, and further
   dsv3 train runs/first --from-step 100            go on from an earlier checkpoint
   cd runs/first && dsv3 train                      go on with the run in this directory
+  dsv3 train runs/first --replay 120               look into step 120: norms of every tensor, nothing is changed
 
 The run's directory holds config.yaml (resolved), metrics.jsonl (one object a step), log.txt and checkpoints/step_N. Where
 it already holds a run, that run goes on from its newest checkpoint; --overwrite starts a new one.
@@ -49,6 +51,7 @@ struct TrainArguments {
   std::string deepspeed;
   int64_t steps = 0;
   int64_t from_step = -1;
+  int64_t replay_step = 0;
   std::string time_limit;
   bool overwrite = false;
   std::vector<int64_t> profile;
@@ -126,6 +129,9 @@ std::filesystem::path enter_run_here() {
 Task read_task(const TrainArguments& arguments) {
   std::vector<std::string> overrides = arguments.overrides;
   if (arguments.steps > 0) overrides.push_back(fmt::format("training.steps={}", arguments.steps));
+  if (!arguments.profile.empty())
+    overrides.push_back(
+        fmt::format("profile.steps=[{}, {}]", arguments.profile[0], arguments.profile[1]));
   if (!arguments.device.empty()) overrides.push_back("training.device=" + arguments.device);
   const std::filesystem::path given =
       arguments.config.empty() ? enter_run_here() : std::filesystem::path(arguments.config);
@@ -156,7 +162,18 @@ ExitCode exit_code_of_stop() {
   return StopSignals::signal() == SIGTERM ? kTerminated : kInterrupted;
 }
 
+void run_replay(const TrainArguments& arguments) {
+  const std::filesystem::path run =
+      arguments.config.empty() ? enter_run_here() : std::filesystem::path(arguments.config);
+  require(std::filesystem::is_directory(run), "--replay: {} is no run's directory", run.string());
+  require(arguments.overrides.empty() && arguments.out.empty() && !arguments.overwrite &&
+              arguments.from_step < 0 && arguments.steps == 0,
+          "--replay runs one step again as it was; it takes --device alone");
+  fmt::print("{}", to_text(replay(run, arguments.replay_step, arguments.device)));
+}
+
 void run_train(const TrainArguments& arguments) {
+  if (arguments.replay_step > 0) return run_replay(arguments);
   const auto started = std::chrono::steady_clock::now();
   require(!arguments.overwrite || arguments.from_step < 0,
           "--overwrite starts a new run, --from-step goes on with one; give one of them");
@@ -177,9 +194,7 @@ void run_train(const TrainArguments& arguments) {
          .stop_requested = StopSignals::requested,
          .save_requested = StopSignals::take_save_request,
          .wall_clock_limit = limit,
-         .started = started,
-         .profile_first = arguments.profile.empty() ? 0 : arguments.profile[0],
-         .profile_last = arguments.profile.empty() ? 0 : arguments.profile[1]});
+         .started = started});
     result = trainer.run();
     if (result.reason == StopReason::kRequested) code = exit_code_of_stop();
     if (result.reason == StopReason::kFinished || result.reason == StopReason::kTimeLimit)
@@ -217,11 +232,16 @@ void add_train_command(CLI::App& app) {
       ->add_option("--from-step", arguments->from_step,
                    "Go on from this checkpoint; later ones are moved to RUN/set_aside/")
       ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--replay", arguments->replay_step,
+                   "Run this step of a run again and print norms layer by layer, to find the first "
+                   "bad tensor (docs/faults.md); changes nothing")
+      ->check(CLI::PositiveNumber);
   command->add_flag("--overwrite", arguments->overwrite,
                     "Start anew; a run that is in the directory is moved to NAME.1, NAME.2, …");
   command
       ->add_option("--profile", arguments->profile,
-                   "FIRST,LAST: write a Chrome trace of these steps to RUN/profile/")
+                   "FIRST,LAST: the same as profile.steps=[FIRST, LAST]")
       ->delimiter(',')
       ->expected(2)
       ->check(CLI::PositiveNumber);

@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/hf_config.h"
+#include "checkpoint/state_tensors.h"
 #include "checkpoint/weights.h"
 #include "config/load.h"
 
@@ -46,6 +47,14 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
   opened.parameters->allocate(
       {.dtype = config.dtype, .gradients = false, .cuda = options.device.is_cuda()});
   load_weights(opened.checkpoint, *opened.parameters, config.num_layers);
+  if (!options.averaged) return opened;
+  require(has_companion(opened.checkpoint, "ema"),
+          "{} holds no moving average of the weights; training.ema.decay makes one",
+          opened.checkpoint.string());
+  Companion average{.prefix = "ema", .flats = {}};
+  for (const auto& bucket : opened.parameters->buckets())
+    average.flats.push_back(bucket.values.detach());
+  load_companion(opened.checkpoint, *opened.parameters, average, /*part_only=*/true);
   return opened;
 }
 

@@ -60,6 +60,10 @@ __device__ void update1(const AdamW& p, float gradient_scale, int64_t i) {
 
 template <typename W, typename G, typename M>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(AdamW p, int64_t vector_size) {
+  if (p.corrections != nullptr) {
+    p.correction1 = p.corrections[0];
+    p.correction2 = p.corrections[1];
+  }
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const float gradient_scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;

@@ -13,7 +13,7 @@ void check_adamw(const AdamW& p) {
   require(p.master == nullptr || p.weight_dtype == DType::kBF16,
           "[adamw] master: expected only beside bf16 weights, got {} weights",
           name_of(p.weight_dtype));
-  require(p.correction1 > 0.0f && p.correction2 > 0.0f,
+  require(p.corrections != nullptr || (p.correction1 > 0.0f && p.correction2 > 0.0f),
           "[adamw] corrections: expected 1 - beta^step > 0 with step from 1, got {} and {}",
           p.correction1, p.correction2);
 }
@@ -83,8 +83,13 @@ Body body_for(const AdamW& p) {
 
 }  // namespace
 
-void adamw(const AdamW& p) {
-  kernels::detail::check_adamw(p);
+void adamw(const AdamW& params) {
+  kernels::detail::check_adamw(params);
+  AdamW p = params;
+  if (p.corrections != nullptr) {
+    p.correction1 = p.corrections[0];
+    p.correction2 = p.corrections[1];
+  }
   const Body body = body_for(p);
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const float scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;

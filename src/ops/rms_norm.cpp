@@ -7,6 +7,7 @@
 #include "ops/autograd.h"
 #include "ops/bucket_leaf.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -89,6 +90,7 @@ Remake make_remake(const at::Tensor& x, const Weight& weight, double eps) {
 }  // namespace
 
 Remakable rms_norm(const at::Tensor& input, const Weight& weight, double eps) {
+  const Range range("rms_norm");
   check_rms_norm("rms_norm", input, weight);
   const at::Tensor x = rows_contiguous(input);
   if (!has_kernel(x)) {
@@ -107,6 +109,7 @@ Remakable rms_norm(const at::Tensor& input, const Weight& weight, double eps) {
 
 std::tuple<at::Tensor, Remakable> add_rms_norm(const at::Tensor& input, const at::Tensor& residual,
                                                const Weight& weight, double eps) {
+  const Range range("add_rms_norm");
   check_rms_norm("add_rms_norm", input, weight);
   check_shape(residual, "add_rms_norm", "residual", input.sizes());
   check_like(residual, "add_rms_norm", "residual", input, "x");

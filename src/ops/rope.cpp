@@ -9,6 +9,7 @@
 #include "kernels/elementwise.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -104,6 +105,7 @@ Tensors split_key_gradient(const at::Tensor& dk_given, const at::Tensor& dv_give
 }  // namespace
 
 at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
+  const Range range("rope_query");
   check_shape(q, "rope_query", "q", {-1, -1, -1});
   check_table("rope_query", table, tokens, q);
   require(q.size(2) >= table.size(1),
@@ -129,6 +131,7 @@ std::tuple<at::Tensor, at::Tensor> rope_key_value(const at::Tensor& kv_given,
                                                   const at::Tensor& k_rope_given,
                                                   const at::Tensor& table, const at::Tensor& tokens,
                                                   int64_t v_head_dim) {
+  const Range range("rope_key_value");
   constexpr const char* kOp = "rope_key_value";
   check_shape(kv_given, kOp, "kv", {-1, -1, -1});
   check_table(kOp, table, tokens, kv_given);

@@ -7,6 +7,7 @@
 #include "kernels/elementwise.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -48,6 +49,7 @@ Remake make_remake(const at::Tensor& gate_up) {
 }  // namespace
 
 Remakable swiglu(const at::Tensor& input) {
+  const Range range("swiglu");
   check_shape(input, "swiglu", "gate_up", {-1, -1});
   require(input.size(1) % 2 == 0, "[swiglu] gate_up: expected [T, 2I], got an odd width {}",
           input.size(1));

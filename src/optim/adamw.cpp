@@ -3,8 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
-
 #include "base/error.h"
 #include "kernels/optimizer.h"
 #include "ops/autograd.h"
@@ -45,6 +43,8 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
   partials_ = at::empty({kernels::kSumOfSquaresPartials}, device.dtype(at::kDouble));
   sums_ = at::empty({static_cast<int64_t>(buckets_.size())}, device.dtype(at::kDouble));
   clip_factor_ = at::empty({1}, device.dtype(at::kFloat));
+  updates_ = at::zeros({1}, device.dtype(at::kLong));
+  corrections_ = at::empty({2}, device.dtype(at::kFloat));
   reset_masters();
 }
 
@@ -86,15 +86,34 @@ GradientNorm AdamW::gradient_norm() {
                         .max_norm = static_cast<float>(options_.clip),
                         .norm = result.norm.data_ptr<float>(),
                         .clip_factor = clip_factor_.data_ptr<float>(),
-                        .not_finite = result.not_finite.data_ptr<int32_t>()},
+                        .not_finite = result.skip.data_ptr<int32_t>()},
                        stream);
+  return result;
+}
+
+GradientNorm AdamW::decide(const StepGuard& guard) {
+  const ops::NoRecord no_record;
+  const auto& losses = guard.losses;
+  DSV3_CHECK(!losses.defined() || (losses.scalar_type() == at::kDouble && losses.is_contiguous() &&
+                                   losses.device() == sums_.device()),
+             "losses: expected contiguous FP64 where the parameters are");
+  GradientNorm result = gradient_norm();
+  kernels::decide_step({.num_losses = losses.defined() ? static_cast<int32_t>(losses.numel()) : 0,
+                        .losses = losses.defined() ? losses.const_data_ptr<double>() : nullptr,
+                        .loss_scale = guard.loss_scale,
+                        .loss_limit = guard.loss_limit,
+                        .beta1 = options_.beta1,
+                        .beta2 = options_.beta2,
+                        .updates = updates_.data_ptr<int64_t>(),
+                        .corrections = corrections_.data_ptr<float>(),
+                        .skip = result.skip.data_ptr<int32_t>()},
+                       ops::stream_of(sums_));
   return result;
 }
 
 void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
                          double weight_decay, double learning_rate, const GradientNorm& norm) {
   if (begin == end) return;
-  const auto step = static_cast<double>(steps_done_);
   kernels::adamw({.size = end - begin,
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
                   .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
@@ -109,24 +128,43 @@ void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin
                   .beta2 = static_cast<float>(options_.beta2),
                   .eps = static_cast<float>(options_.eps),
                   .weight_decay = static_cast<float>(weight_decay),
-                  .correction1 = static_cast<float>(1 - std::pow(options_.beta1, step)),
-                  .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
+                  .correction1 = 0,
+                  .correction2 = 0,
                   .gradient_scale = clip_factor_.data_ptr<float>(),
-                  .skip = norm.not_finite.data_ptr<int32_t>(),
-                  .zero_gradients = true},
+                  .skip = norm.skip.data_ptr<int32_t>(),
+                  .zero_gradients = true,
+                  .corrections = corrections_.data_ptr<float>()},
                  ops::stream_of(bucket.values));
 }
 
-GradientNorm AdamW::step(double learning_rate) {
+void AdamW::apply(double learning_rate, const GradientNorm& norm) {
   const ops::NoRecord guard;
-  ++steps_done_;
-  GradientNorm norm = gradient_norm();
   for (size_t i = 0; i < buckets_.size(); ++i) {
     const auto& bucket = buckets_[i];
     update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay, learning_rate,
                  norm);
     update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0, learning_rate, norm);
   }
+}
+
+std::vector<at::Tensor> AdamW::weights() const {
+  std::vector<at::Tensor> weights;
+  for (size_t i = 0; i < buckets_.size(); ++i)
+    weights.push_back(states_[i].master.defined() ? states_[i].master : buckets_[i].values);
+  return weights;
+}
+
+void AdamW::restore_steps(int64_t steps) {
+  updates_.fill_(steps);
+}
+
+int64_t AdamW::steps_done() const {
+  return updates_.item<int64_t>();
+}
+
+GradientNorm AdamW::step(double learning_rate, const StepGuard& guard) {
+  GradientNorm norm = decide(guard);
+  apply(learning_rate, norm);
   return norm;
 }
 

@@ -38,11 +38,15 @@ constexpr std::string_view kFree[] = {
     "training.num_threads",
     "training.sample_prompt",
     "training.sample_tokens",
+    "training.max_skipped_steps",
+    "training.spike.",
+    "training.ema.",
     "optimizer.learning_rate",
     "optimizer.weight_decay",
     "optimizer.clip",
     "checkpoint.",
     "monitor.",
+    "profile.",
 };
 
 bool is_free(std::string_view key) {

@@ -4,6 +4,7 @@
 #include "base/file.h"
 #include "config/load.h"
 #include "monitor/hardware.h"
+#include "ops/range.h"
 #include "planner/flops.h"
 #include "training/device.h"
 
@@ -18,18 +19,19 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
           config_.training.steps);
   configure_process(config_.training.num_threads, config_.training.deterministic);
   std::optional<ResumePoint> point;
+  const auto source = resume_source();
   std::vector<std::string> notes;
   if (holds_run(options_.directory)) lock_ = std::make_unique<RunLock>(options_.directory);
   if (!options_.overwrite) {
-    point = find_resume_point(options_.directory, options_.from_step);
-    if (point) notes = allowed_changes(point->config, config_, options_.directory);
+    point = find_resume_point(source, options_.from_step);
+    if (point) notes = allowed_changes(point->config, config_, source);
     for (std::string& note : notes) note = "changed   " + note;
   }
   // The directory is touched only when this run has its data and its memory.
   open_data();
   build_model();
-  if (point) {
-    restore(*point);
+  if (point) restore(*point);
+  if (point && options_.resume_from.empty()) {
     for (std::string& note : settle_directory(*point)) notes.push_back(std::move(note));
   } else {
     lock_.reset();
@@ -93,11 +95,20 @@ void Trainer::build_model() {
                                    Saver::Options{.keep_last = config_.checkpoint.keep_last,
                                                   .keep_every = config_.checkpoint.keep_every});
   policy_.emplace(config_.checkpoint, 0.0);
+  watch_ = std::make_unique<StepWatch>(config_.training, parameters_);
+  if (config_.training.ema.decay > 0)
+    ema_ = std::make_unique<Ema>(config_.training.ema, optimizer_->weights());
+  if (ema_) ema_->before_average = [this] { saver_->before_change(at::Device(at::kCPU)); };
   flops_per_token_ = flops_per_token(config_.model, parameters_, config_.data.sequence_length);
   if (device_.is_cuda()) peak_tflops_ = peak_bf16_tflops(device_name(device_));
 }
 
+const std::filesystem::path& Trainer::resume_source() const {
+  return options_.resume_from.empty() ? options_.directory : options_.resume_from;
+}
+
 GlobalBatch Trainer::next_global_batch() {
+  const ops::Range range("data");
   const int64_t micro = config_.training.micro_batch_size;
   const int64_t sequences = global_batch_at(config_, steps_done_, tokens_done_);
   std::vector<Batch> batches;
@@ -106,49 +117,71 @@ GlobalBatch Trainer::next_global_batch() {
                            config_.data.mask_across_documents);
 }
 
+StepSums Trainer::accumulate(const GlobalBatch& batch) const {
+  return accumulate_gradients(
+      *model_, batch,
+      {.device = device_,
+       .mask_documents = config_.data.mask_across_documents,
+       .recompute = config_.training.recompute,
+       .balance_alpha = config_.model.moe.sequence_loss_alpha,
+       .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)});
+}
+
 PendingNumbers Trainer::step() {
+  const ops::Range range("step", steps_done_ + 1);
   const auto start = Clock::now();
   const GlobalBatch batch = next_global_batch();
   info_.data_seconds = seconds_between(start, Clock::now());
-  const GradientOptions options{
-      .device = device_,
-      .mask_documents = config_.data.mask_across_documents,
-      .recompute = config_.training.recompute,
-      .balance_alpha = config_.model.moe.sequence_loss_alpha,
-      .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)};
-  const StepSums sums = accumulate_gradients(*model_, batch, options);
+  const StepSums sums = accumulate(batch);
   // Note: the learning rate is that at the END of the step, so that a warm-up from 0 does not waste
   // the first step and the last step has the schedule's last value.
   const double learning_rate =
       config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
   const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
+  const ops::Range update("optimizer");
+  const GradientNorm norm = optimizer_->decide(watch_->guard(steps_done_ + 1, sums, batch));
+  watch_->locate(norm, steps_done_ + 1);
   saver_->before_change(device_);  // a save under way still reads what changes now
-  const GradientNorm norm = optimizer_->step(learning_rate);
+  if (ema_) ema_->before_change();
+  optimizer_->apply(learning_rate, norm);
   if (sums.loads.defined() && config_.model.moe.use_bias && bias_rate != 0)
-    model_->update_router_biases(sums.loads, bias_rate);
+    model_->update_router_biases(sums.loads, bias_rate, norm.skip);
   ++steps_done_;
+  if (ema_) ema_->after_step(steps_done_);
   tokens_done_ += batch.tokens;
   info_.step = steps_done_;
   info_.tokens_done = tokens_done_;
   info_.tokens = batch.tokens;
   info_.sequences = batch.sequences;
   info_.learning_rate = learning_rate;
+  info_.origins.clear();
+  for (const auto& micro_batch : batch.micro_batches)
+    info_.origins.insert(info_.origins.end(), micro_batch.origins.begin(),
+                         micro_batch.origins.end());
   return {sums, norm, batch};
 }
 
 void Trainer::profile_before_step() {
-  if (options_.profile_first > 0 && steps_done_ + 1 == options_.profile_first)
+  if (config_.profile.steps.first > 0 && steps_done_ + 1 == config_.profile.steps.first)
     profiler_.start(device_.is_cuda());
 }
 
 void Trainer::profile_after_step() {
-  if (!profiler_.running() || steps_done_ < options_.profile_last) return;
+  if (!profiler_.running() || steps_done_ < config_.profile.steps.last) return;
   const auto directory = options_.directory / "profile";
   std::filesystem::create_directories(directory);
   const auto trace =
-      directory / fmt::format("steps_{}_{}.json", options_.profile_first, options_.profile_last);
+      directory / fmt::format("steps_{}_{}.json", config_.profile.steps.first, steps_done_);
   profiler_.stop(trace);
   monitor_->info(fmt::format("profile   {}", trace.string()));
+}
+
+void Trainer::train_to(int64_t last) {
+  mark_ = Clock::now();
+  while (steps_done_ < last) {
+    PendingNumbers numbers = step();
+    report(std::move(numbers), info_);
+  }
 }
 
 TrainingResult Trainer::run() {
@@ -184,7 +217,12 @@ TrainingResult Trainer::run() {
     pending.reset();
     if (steps_done_ >= config_.training.steps) continue;
     if (due(config_.training.eval_every)) evaluate_now();
-    if (save) start_save();
+    // Note: a save amid skipped steps could push the last good checkpoint out.
+    if (save && watch_->skipping()) {
+      policy_->failed(steps_done_);
+    } else if (save) {
+      start_save();
+    }
     if (pause) mark_ = Clock::now();
   }
   if (pending) report(std::move(pending->first), pending->second);

@@ -13,29 +13,30 @@
 #include "model/model.h"
 #include "monitor/run_monitor.h"
 #include "optim/adamw.h"
+#include "training/ema.h"
 #include "training/evaluate.h"
 #include "training/profiler.h"
 #include "training/resume.h"
 #include "training/run_directory.h"
 #include "training/save_policy.h"
 #include "training/step.h"
+#include "training/step_watch.h"
 
 namespace dsv3 {
 
 struct TrainerOptions {
-  std::filesystem::path directory;        // of the run
-  bool overwrite = false;                 // move an earlier run aside instead of going on with it
-  std::optional<int64_t> from_step = {};  // go on from this checkpoint, not the newest
-  std::FILE* console = stdout;            // not owned
-  bool terminal = false;                  // `console` is one
+  std::filesystem::path directory;         // of the run
+  bool overwrite = false;                  // move an earlier run aside instead of going on with it
+  std::optional<int64_t> from_step = {};   // go on from this checkpoint, not the newest
+  std::filesystem::path resume_from = {};  // a run whose checkpoint is taken and which stays as it
+                                           // is; empty: that in `directory` goes on
+  std::FILE* console = stdout;             // not owned
+  bool terminal = false;                   // `console` is one
   std::function<bool()> stop_requested = {};  // asked after each step (training/stop_signals.h)
   std::function<bool()> save_requested = {};  // the same; true once for each request
   double wall_clock_limit = 0;  // seconds from `started` by which the run must be saved and
                                 // stopped; 0 = none
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
-  int64_t profile_first =
-      0;  // record steps profile_first … profile_last into RUN/profile/; 0 = none
-  int64_t profile_last = 0;
 };
 
 enum class StopReason : uint8_t {
@@ -73,13 +74,16 @@ class Trainer {
   /// Trains to training.steps, a time limit or a requested stop, then evaluates (not after a
   /// requested stop or at the wall-clock limit) and saves. A save on the way that fails is reported
   /// and tried again later; the last one throws IoError. A run that was finished before returns at
-  /// once. Throws std::runtime_error when the loss or the gradient is no number; weights and
-  /// earlier checkpoints are then as before that step.
+  /// once. A step whose loss or gradient is no number is skipped and reported
+  /// (training/step_watch.h). Throws std::runtime_error after training.max_skipped_steps in a row;
+  /// the checkpoints are then as before them.
   TrainingResult run();
 
   /// One optimizer step on the next global batch: gradients, AdamW, router biases. Returns without
   /// waiting for the device. For run() and for tests.
   PendingNumbers step();
+  /// Steps up to `last`, reported, without evaluating or saving. For replays and tests.
+  void train_to(int64_t last);
 
   const Config& config() const { return config_; }
   const Model& model() const { return *model_; }
@@ -88,9 +92,14 @@ class Trainer {
   const Tokenizer& tokenizer() const { return train_->tokenizer(); }
   const at::Device& device() const { return device_; }
   int64_t steps_done() const { return steps_done_; }
+  /// Evaluates the weights, and their average where training.ema.evaluate says so. Nothing without
+  /// validation data or when it was interrupted.
   std::optional<Evaluation> evaluate_now();
   /// The live tensors that a checkpoint holds.
   StateTensors saved_state() const { return state_of(parameters_, companions()); }
+  const AdamW& optimizer() const { return *optimizer_; }
+  /// The average of the weights; null without one.
+  Ema* ema() { return ema_.get(); }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -98,10 +107,15 @@ class Trainer {
   struct StepInfo {
     int64_t step = 0, tokens_done = 0, tokens = 0, sequences = 0;
     double learning_rate = 0, data_seconds = 0;
+    std::vector<SampleOrigin> origins;  // of the global batch
   };
 
+  Evaluation evaluate_weights();
+  void evaluate_average(Record& record);
   void open_data();
   void build_model();
+  /// The run whose checkpoint this one goes on from.
+  const std::filesystem::path& resume_source() const;
   /// What a checkpoint holds beside weights and routing biases.
   std::vector<Companion> companions() const;
   TrainingState state() const;
@@ -110,6 +124,8 @@ class Trainer {
   std::vector<std::string> settle_directory(const ResumePoint& point);
   void announce();
   GlobalBatch next_global_batch();
+  StepSums accumulate(const GlobalBatch& batch) const;
+  friend struct Replay replay_next(Trainer& trainer);  // training/replay.h
   Record make_record(const StepNumbers& numbers, const StepInfo& info, double seconds) const;
   void report(PendingNumbers numbers, const StepInfo& info);
   double seconds_left(int64_t step) const;
@@ -131,6 +147,7 @@ class Trainer {
   ParameterSet parameters_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<StepWatch> watch_;
   std::unique_ptr<RunMonitor> monitor_;
   Profiler profiler_;
   double flops_per_token_ = 0;
@@ -142,6 +159,7 @@ class Trainer {
   double longest_step_seconds_ = 0, longest_save_seconds_ = 0;
   std::unique_ptr<RunLock> lock_;
   std::unique_ptr<Saver> saver_;  // its threads read parameters_ and the optimizer's state
+  std::unique_ptr<Ema> ema_;      // null without an average; its thread asks saver_
   std::optional<SavePolicy> policy_;
   int64_t evaluated_step_ = -1;
   bool finished_ = false;

@@ -14,7 +14,9 @@ namespace dsv3 {
 namespace fs = std::filesystem;
 
 std::vector<Companion> Trainer::companions() const {
-  return optimizer_->state();
+  std::vector<Companion> companions = optimizer_->state();
+  if (ema_) companions.push_back({"ema", ema_->average()});
+  return companions;
 }
 
 TrainingState Trainer::state() const {
@@ -23,10 +25,12 @@ TrainingState Trainer::state() const {
   return {.step = steps_done_,
           .tokens = tokens_done_,
           .optimizer_steps = optimizer_->steps_done(),
+          .ema_updates = ema_ ? ema_->updates() : 0,
           .evaluated_step = evaluated_step_,
           .finished = finished_,
           .seed = config_.training.seed,
           .data = train_->state(),
+          .watch = watch_->state(),
           .saved_at = std::chrono::duration<double>(now).count(),
           .working_directory = fs::current_path(ignored).string()};
 }
@@ -34,8 +38,13 @@ TrainingState Trainer::state() const {
 void Trainer::restore(const ResumePoint& point) {
   if (point.checkpoint.empty()) return;  // nothing was saved: the fresh weights are the run's
   load_weights(point.checkpoint, parameters_, config_.model.num_layers);
-  for (const Companion& companion : companions())
+  for (const Companion& companion : companions()) {
+    // An average that is asked for only now begins now.
+    if (companion.prefix == "ema" && !has_companion(point.checkpoint, "ema")) continue;
     load_companion(point.checkpoint, parameters_, companion);
+    if (companion.prefix == "ema") ema_->restore(point.state.ema_updates);
+  }
+  watch_->restore(point.state.watch);
   optimizer_->restore_steps(point.state.optimizer_steps);
   train_->restore(point.state.data);
   steps_done_ = point.state.step;
@@ -94,6 +103,7 @@ std::optional<StopReason> Trainer::stop_reason() const {
 }
 
 SaveJob Trainer::save_job() const {
+  if (ema_) ema_->wait();
   SaveJob job{.run = options_.directory,
               .step = steps_done_,
               .state = saved_state(),

@@ -16,10 +16,12 @@ struct TrainingState {
   int64_t step = 0;               // optimizer steps done
   int64_t tokens = 0;             // input tokens of them
   int64_t optimizer_steps = 0;    // AdamW's own count, for the correction of its moments' bias
+  int64_t ema_updates = 0;        // of the weights' moving average
   int64_t evaluated_step = -1;    // step of the last evaluation that was completed; -1 = none
   bool finished = false;          // training.steps were done and evaluated
   int64_t seed = 0;               // training.seed
   LoaderState data;               // where the training data stands
+  std::string watch;              // JSON of StepWatch: skipped steps, the window of losses
   double saved_at = 0;            // seconds since 1970
   std::string working_directory;  // where the program ran: relative paths of the config start there
 };
