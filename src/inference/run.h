@@ -27,7 +27,7 @@ struct OpenedModel {
 };
 
 struct OpenOptions {
-  std::optional<DType> dtype;  // fp32 | bf16; empty = what config.json says
+  std::optional<DType> dtype = {};  // fp32 | bf16; empty = what config.json says
   at::Device device = at::Device(at::kCPU);
   bool averaged = false;  // the weights' moving average (training.ema) instead of the weights
 };
