@@ -85,7 +85,7 @@ void BadNumbers::locate(const at::Tensor& skip, int64_t step) {
 
 std::vector<BadTensor> BadNumbers::take(int64_t step) {
   const ops::NoRecord guard;
-  const at::Tensor found = slot(step).cpu();
+  const at::Tensor found = slot(step).cpu().clone();  // on the CPU, cpu() is the slot itself
   clear(slot(step));
   // Place of each parameter in its declaration, which is the order of the forward pass.
   std::vector<std::pair<const Parameter*, int64_t>> declared;

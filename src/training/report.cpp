@@ -86,12 +86,18 @@ void Trainer::report(PendingNumbers pending, const StepInfo& info) {
   monitor_->step(make_record(numbers, info, seconds), seconds_left(info.step));
   const auto reason = watch_->judge(info.step, numbers, info.origins, *train_, *monitor_);
   if (!reason) return;
+  const std::string again = resume_command(options_.directory);
+  const std::string go_on =
+      saved_.empty() ? std::string("Nothing was saved before; train from the start")
+                     : fmt::format(
+                           "The checkpoints are untouched: {} goes on from the newest, {}, and "
+                           "--from-step N from an earlier one; do so",
+                           again, saved_.string());
   const auto message = fmt::format(
-      "{}; the run stops here. Its checkpoints are untouched{}. What may help: `{} --replay {}` "
-      "names the first bad tensor of the last step; then go on from a good checkpoint, {} "
-      "--from-step N, with a lower optimizer.learning_rate, other data or model.dtype=fp32",
-      *reason, saved_.empty() ? ", there are none" : ", the newest is " + saved_.string(),
-      resume_command(options_.directory), info.step, resume_command(options_.directory));
+      "{}; the run stops here. {} --replay {} names the first bad tensor of the last step. {} with "
+      "a "
+      "lower optimizer.learning_rate, other data or model.dtype=fp32",
+      *reason, again, info.step, go_on);
   monitor_->warning(message);
   throw std::runtime_error(message);
 }

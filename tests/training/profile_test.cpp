@@ -18,7 +18,8 @@ struct Span {
 
 std::vector<Span> spans_of(const std::filesystem::path& trace) {
   std::vector<Span> spans;
-  for (const auto& event : json::parse(read_file(trace))["traceEvents"]) {
+  const json whole = json::parse(read_file(trace));
+  for (const auto& event : whole["traceEvents"]) {
     if (!event.contains("cat") || event["cat"] != "dsv3") continue;
     EXPECT_EQ(event["pid"], "dsv3");
     const std::string path = event["args"]["path"];

@@ -60,7 +60,10 @@ TEST_F(ReplayTest, FindsTheInjectedWeightActivationAndGradient) {
   EXPECT_NE(replay_next(*trainer).first_bad().find("the weight " + o_proj), std::string::npos);
 
   // Finite weights whose product overflows in layer 1's attention, and nowhere before.
-  weight(*trainer, o_proj).fill_(3e38);
+  weight(*trainer, o_proj).fill_(1e30);
+  const std::string kv_b = "model.layers.1.self_attn.kv_b_proj.weight";
+  const at::Tensor kv_b_before = weight(*trainer, kv_b).clone();
+  weight(*trainer, kv_b).mul_(1e15);
   const Replay overflow = replay_next(*trainer);
   EXPECT_NE(overflow.first_bad().find("the activation attention of micro-batch 0, layer 1:"),
             std::string::npos)
@@ -69,6 +72,7 @@ TEST_F(ReplayTest, FindsTheInjectedWeightActivationAndGradient) {
   EXPECT_NE(to_text(overflow).find("first bad tensor: the activation attention"),
             std::string::npos);
   weight(*trainer, o_proj).copy_(before);
+  weight(*trainer, kv_b).copy_(kv_b_before);
 
   trainer->parameters().find(o_proj)->weight.grad.view(-1)[5].fill_(INFINITY);
   trainer->parameters().find("model.embed_tokens.weight")->weight.grad.view(-1)[0].fill_(NAN);

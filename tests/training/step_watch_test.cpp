@@ -144,6 +144,7 @@ TEST_F(StepWatchTest, TooManySkippedStepsStopTheRunAndLeaveItsCheckpoints) {
     EXPECT_NE(text.find("the last 4 steps up to 9"), std::string::npos) << text;
     EXPECT_NE(text.find("--replay 9"), std::string::npos) << text;
   }
+  trainer.reset();  // ends the save under way
   EXPECT_EQ(events("run", "skipped_step").size(), 5u);
   EXPECT_EQ(events("run", "skipped_step")[0]["in_a_row"], 1);
   EXPECT_EQ(events("run", "skipped_step")[4]["in_a_row"], 4);
@@ -158,6 +159,8 @@ TEST_F(StepWatchTest, SpikesAreReportedAndSkippedWhereAskedFor) {
   for (const bool skip : {false, true}) {
     const std::string name = skip ? "skip" : "report";
     config_.training.steps = 30;
+    config_.training.max_skipped_steps = 1000;
+    config_.optimizer.learning_rate = Schedule::constant(1e-5);  // the loss only wavers
     // So strict that losses of ordinary steps are spikes, some of them.
     config_.training.spike = {.window = 4, .threshold = 0.5, .skip = skip};
     make(name, config_)->run();
@@ -190,6 +193,8 @@ TEST_F(StepWatchTest, SpikesAreReportedAndSkippedWhereAskedFor) {
 TEST_F(StepWatchTest, AResumedRunSkipsTheSameSpikes) {
   config_.training.deterministic = true;
   config_.training.spike = {.window = 4, .threshold = 0.5, .skip = true};
+  config_.training.max_skipped_steps = 1000;
+  config_.optimizer.learning_rate = Schedule::constant(1e-5);
   config_.training.steps = 24;
   auto whole = make("whole", config_);
   whole->run();
