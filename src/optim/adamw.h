@@ -19,6 +19,9 @@ struct AdamWOptions {
   double clip = 1.0;                 // largest global gradient norm; 0 = no clipping
   bool master_weights = true;        // FP32 copies of BF16 buckets; FP32 buckets need none
   DType moment_dtype = DType::kF32;  // kF32 or kBF16
+  bool stochastic_rounding = false;  // of BF16 weights without masters and of BF16 moments
+  uint64_t seed = 0;                 // of that rounding
+  double ema_decay = 0;              // of an FP32 running mean of the weights; 0 = none is kept
 };
 
 /// What a step is judged by beside its gradients.
@@ -56,8 +59,8 @@ class AdamW {
   /// The second half: the update, unless skipped, and zero gradients.
   void apply(double learning_rate, const GradientNorm& norm);
 
-  /// Takes the buckets' values as the master weights: to be called after weights were loaded or
-  /// filled.
+  /// Takes the buckets' values as the master weights and as the running mean: to be called after
+  /// weights were loaded or filled.
   void reset_masters();
 
   /// One for each bucket: the FP32 masters where there are some, else the bucket's values.
@@ -70,19 +73,26 @@ class AdamW {
   /// The tensors are the optimizer's own: filling them, with restore_steps(), continues a saved
   /// run.
   std::vector<Companion> state() const;
-  /// Steps behind the loaded state; they enter the correction of the moments' bias.
-  void restore_steps(int64_t steps);
+  /// Steps behind the loaded state: all of them, which random rounding depends on, and those that
+  /// were not skipped, which enter the correction of the moments' bias.
+  void restore_steps(int64_t begun, int64_t done);
+
+  /// The running mean of bucket `index`'s weights, [numel] FP32, updated by step() in the same pass
+  /// (m = decay · m + (1 - decay) · w); undefined without ema_decay.
+  const at::Tensor& ema(size_t index) const { return states_[index].ema; }
 
  private:
   struct State {
     at::Tensor master;      // [numel] FP32; undefined when the bucket is FP32
     at::Tensor exp_avg;     // [numel]
     at::Tensor exp_avg_sq;  // [numel]
+    at::Tensor ema;         // [numel] FP32; undefined without ema_decay
+    int64_t first_index;    // of its element 0 among all buckets' elements: for random rounding
   };
 
   GradientNorm gradient_norm();
-  void update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                    double weight_decay, double learning_rate, const GradientNorm& norm);
+  void update(const Bucket& bucket, const State& state, double learning_rate,
+              const GradientNorm& norm);
 
   std::vector<Bucket>& buckets_;
   AdamWOptions options_;
@@ -92,6 +102,7 @@ class AdamW {
   at::Tensor clip_factor_;     // [1] FP32
   at::Tensor updates_;         // [1] int64: steps not skipped; counted where that is decided
   at::Tensor corrections_;     // [2] FP32
+  int64_t steps_begun_ = 0;    // skipped ones included
 };
 
 }  // namespace dsv3

@@ -45,7 +45,7 @@ void Trainer::restore(const ResumePoint& point) {
     if (companion.prefix == "ema") ema_->restore(point.state.ema_updates);
   }
   watch_->restore(point.state.watch);
-  optimizer_->restore_steps(point.state.optimizer_steps);
+  optimizer_->restore_steps(point.state.step, point.state.optimizer_steps);
   train_->restore(point.state.data);
   steps_done_ = point.state.step;
   tokens_done_ = point.state.tokens;
