@@ -77,8 +77,9 @@ def main():
             file.write(printed.stdout)
         prefix = os.path.join(directory, "random")
         length = config["data"]["sequence_length"] + 1
-        write_megatron(prefix, min(vocab, 256) if vocab == 264 else vocab, 512, length)
-        overrides = [*args.overrides, f"data.train=[{{path: {prefix}}}]", "data.validation=[]", "data.validation_every=0"]
+        write_megatron(prefix, vocab, 512, length)
+        overrides = [*args.overrides, f"data.train=[{{path: {prefix}}}]", "data.validation=[]", "data.validation_every=0",
+                     f"data.tokenizer=ids:{vocab}"]
         results = []
         for _ in range(args.rounds):
             for dtype in filter(None, args.ours.split(",")):

@@ -18,7 +18,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
 endif()
 target_include_directories(dsv3_flags INTERFACE ${PROJECT_SOURCE_DIR}/src)
 if(DSV3_SANITIZE)
-  target_compile_options(dsv3_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${DSV3_SANITIZE};-fno-omit-frame-pointer;-g>)
+  target_compile_options(dsv3_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${DSV3_SANITIZE};-fno-sanitize-recover=all;-fno-omit-frame-pointer;-g>)
   target_link_options(dsv3_flags INTERFACE -fsanitize=${DSV3_SANITIZE})
 endif()
 

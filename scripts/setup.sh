@@ -31,15 +31,7 @@ packages=(
 )
 test_packages=(libgtest-dev libbenchmark-dev clang-format-14)
 
-as_root() {
-  if [ "$(id -u)" = 0 ]; then
-    "$@"
-  elif command -v sudo >/dev/null; then
-    sudo "$@"
-  else
-    die "installing system packages needs root or sudo: run this as root once (apt-get install ${missing[*]})"
-  fi
-}
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
 install_packages() {
   local package status
@@ -50,6 +42,8 @@ install_packages() {
     grep -q "^$package installed$" <<<"$status" || missing+=("$package")
   done
   if [ ${#missing[@]} = 0 ]; then return; fi
+  [ "$(id -u)" = 0 ] || command -v sudo >/dev/null ||
+    die "installing system packages needs root or sudo: run this as root once (apt-get install ${missing[*]})"
   say "Installing ${#missing[@]} system packages: ${missing[*]}"
   local log
   log=$(mktemp)
@@ -116,9 +110,17 @@ install_python() {
   echo "$pins $parts" >$stamp
 }
 
+# Whether third_party/libtorch is the link that an earlier LIBTORCH=… left: it stays until another one is given.
+remembered() {
+  local target
+  target=$(readlink third_party/libtorch 2>/dev/null) || return 1
+  [ -z "${LIBTORCH:-}" ] && [[ $target = /* ]] && [ -e "$target/lib/libtorch_cpu.so" ]
+}
+
 # third_party/libtorch is what CMake finds.
 link_libtorch() {
   local target
+  if remembered; then return; fi
   if [ -n "${LIBTORCH:-}" ]; then
     [ -f "$LIBTORCH/include/ATen/core/Tensor.h" ] && [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] ||
       die "LIBTORCH=$LIBTORCH holds no include/ATen/core/Tensor.h and lib/libtorch_cpu.so"
@@ -135,6 +137,6 @@ link_libtorch() {
 if $with_tests; then packages+=("${test_packages[@]}"); fi
 install_packages "${packages[@]}"
 choose_parts
-if [ -z "${LIBTORCH:-}" ] || $with_tests; then install_python; fi
+if { [ -z "${LIBTORCH:-}" ] && ! remembered; } || $with_tests; then install_python; fi
 link_libtorch
 say "Set-up complete: LibTorch in $(readlink -f third_party/libtorch)"

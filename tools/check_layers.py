@@ -27,6 +27,7 @@ ROOMS = {
     "inference": "base config kernels comm ops nn mla moe model data checkpoint monitor",
     "training": "base config kernels comm ops nn mla moe model parallel optim data checkpoint monitor inference planner",
 }
+ROOMS["bench"] = "base kernels ops"  # in bench/, beside src/
 ROOMS["cli"] = " ".join(ROOMS)
 WITHOUT_TENSORS = {"base", "config", "kernels", "comm", "data", "monitor"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)[">]')
@@ -64,7 +65,7 @@ def main() -> int:
     for top in ("src", "tests", "bench"):
         for path in sorted(p for p in (root / top).rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")):
             files, relative = files + 1, path.relative_to(root)
-            room = relative.parts[1] if top == "src" else None
+            room = relative.parts[1] if top == "src" else "bench" if top == "bench" else None
             unknown = [(1, f"no room called {room} in the table")] if room and room not in ROOMS else []
             for number, reason in unknown or violations(path, room):
                 print(f"{relative}:{number}: {reason}")

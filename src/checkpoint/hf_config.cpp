@@ -37,11 +37,11 @@ class Fields {
   int64_t count(const std::string& key, int64_t minimum, int64_t fallback) const {
     const Json* value = find(key);
     if (value == nullptr) return fallback;
-    constexpr int64_t kMax = int64_t{1} << 31;
     if (!value->is_number_integer()) refuse(key, "expected a whole number, got {}", value->dump());
     // An unsigned beyond int64 would wrap: compare as double first.
-    if (value->get<double>() > static_cast<double>(kMax) || value->get<int64_t>() < minimum) {
-      refuse(key, "expected {} … {}, got {}", minimum, kMax, value->dump());
+    const int64_t maximum = most(key);
+    if (value->get<double>() > static_cast<double>(maximum) || value->get<int64_t>() < minimum) {
+      refuse(key, "expected {} … {}, got {}", minimum, maximum, value->dump());
     }
     return value->get<int64_t>();
   }
@@ -77,6 +77,20 @@ class Fields {
   }
 
  private:
+  /// The largest count that a model of ours can have, as in the config's ranges
+  /// (config/schema_model.cpp): a stranger's file must not make us declare a billion layers.
+  static int64_t most(const std::string& key) {
+    if (key == "num_hidden_layers" || key == "first_k_dense_replace" || key == "moe_layer_freq")
+      return 4096;
+    if (key == "n_routed_experts") return 512;
+    if (key == "num_experts_per_tok") return 16;
+    if (key == "n_group" || key == "topk_group" || key == "num_nextn_predict_layers") return 64;
+    if (key == "qk_rope_head_dim" || key == "n_shared_experts") return 1024;
+    if (key == "max_position_embeddings" || key == "original_max_position_embeddings")
+      return int64_t{1} << 31;
+    return int64_t{1} << 24;
+  }
+
   const Json& object_;
   std::string name_, prefix_;
 };
@@ -353,8 +367,14 @@ void write_moe(const MoeConfig& moe, bool v2, Json& json) {
   json["scoring_func"] = softmax ? "softmax" : "sigmoid";
   // A sigmoid router without a bias is written as one whose bias is zero.
   const bool by_max = moe.group_score == MoeConfig::GroupScore::kMax;
+  const bool with_bias = !v2 && (!softmax || moe.use_bias);
+  require(moe.n_group == 1 || by_max != with_bias,
+          "config.json has no name for this router: model.moe.scoring({}) with group_score({}) and "
+          "use_bias({}) in {} groups; group_score is top2_sum with a bias or sigmoid scores, else "
+          "max",
+          softmax ? "softmax" : "sigmoid", by_max ? "max" : "top2_sum", moe.use_bias, moe.n_group);
   const char* without_bias = by_max && moe.n_group > 1 ? "group_limited_greedy" : "greedy";
-  json["topk_method"] = v2 || (softmax && !moe.use_bias) ? without_bias : "noaux_tc";
+  json["topk_method"] = with_bias ? "noaux_tc" : without_bias;
   json["norm_topk_prob"] = moe.norm_topk_prob;
   json["routed_scaling_factor"] = moe.routed_scaling_factor;
 }

@@ -22,6 +22,7 @@ struct ExitRequest {
 
 // Each adds one subcommand with its options, its help with examples and its callback; the callback
 // throws, and main() turns exceptions into one sentence on stderr and an exit code.
+void add_bench_command(CLI::App& app);
 void add_checkpoint_command(CLI::App& app);
 void add_config_command(CLI::App& app);
 void add_data_command(CLI::App& app);

@@ -43,7 +43,12 @@ Loss is in nats per token; perplexity is e^loss; bits per byte are those of the 
 std::vector<int32_t> read_tokens(const std::string& path, int64_t vocab_size) {
   nlohmann::json json;
   try {
-    json = nlohmann::json::parse(read_file(path));
+    // Anything deeper than a list of numbers is refused before it can exhaust the stack.
+    const auto shallow = [&path](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+      require(depth <= 2, "{}: expected a list of token ids, as in [0, 17, 4]", path);
+      return true;
+    };
+    json = nlohmann::json::parse(read_file(path), shallow);
   } catch (const nlohmann::json::exception& error) {
     invalid("{}: not valid JSON ({})", path, error.what());
   }
@@ -107,7 +112,7 @@ void print_evaluation(const OpenedModel& opened, const Evaluation& result, bool 
     json["checkpoint"] = opened.checkpoint.string();
     json["loss"] = result.loss;
     json["perplexity"] = std::exp(result.loss);
-    json["bits_per_byte"] = result.bits_per_byte;
+    if (result.bytes > 0) json["bits_per_byte"] = result.bits_per_byte;
     json["accuracy"] = result.accuracy;
     json["tokens"] = result.tokens;
     json["bytes"] = result.bytes;
@@ -120,7 +125,7 @@ void print_evaluation(const OpenedModel& opened, const Evaluation& result, bool 
   fmt::print("bytes           {}\n", result.bytes);
   fmt::print("loss            {:.5f} nats per token\n", result.loss);
   fmt::print("perplexity      {:.4f}\n", std::exp(result.loss));
-  fmt::print("bits per byte   {:.5f}\n", result.bits_per_byte);
+  if (result.bytes > 0) fmt::print("bits per byte   {:.5f}\n", result.bits_per_byte);
   fmt::print("accuracy        {:.2f} % of next tokens\n", 100 * result.accuracy);
   fmt::print("time            {:.1f} s, {:.0f} tokens/s\n", result.seconds,
              static_cast<double>(result.tokens) / std::max(result.seconds, 1e-9));

@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -79,6 +80,7 @@ void add_commands(CLI::App& app) {
   add_eval_command(app);
   add_generate_command(app);
   add_data_command(app);
+  add_bench_command(app);
   add_verify_command(app);
 }
 
@@ -118,9 +120,17 @@ std::string without_trace(std::string_view message) {
 /// Results may go to a pipe whose reader has had enough (quiet), or to a disk that is full (an
 /// error).
 int flush_output(int code) {
-  if (std::fflush(stdout) == 0 || errno == EPIPE || code != kOk) return code;
-  return fail(kFailure, fmt::format("cannot write to standard output: {}",
-                                    std::generic_category().message(errno)));
+  if (code != kOk) return code;
+  if (std::fflush(stdout) != 0) {
+    if (errno == EPIPE) return code;
+    return fail(kFailure, fmt::format("cannot write to standard output: {}",
+                                      std::generic_category().message(errno)));
+  }
+  // An earlier write may have failed and left nothing to flush.
+  pollfd output{.fd = STDOUT_FILENO, .events = POLLOUT, .revents = 0};
+  const bool reader_left = ::poll(&output, 1, 0) == 1 && (output.revents & POLLERR) != 0;
+  if (std::ferror(stdout) == 0 || reader_left) return code;
+  return fail(kFailure, "writing to standard output failed; what was printed is not whole");
 }
 
 int guarded_main(int argc, char** argv) {

@@ -58,7 +58,8 @@ struct TrainArguments {
 /// Text that the trained model writes after training.sample_prompt.
 void print_sample(Trainer& trainer) {
   const auto& training = trainer.config().training;
-  if (training.sample_tokens <= 0) return;
+  // Ids of another program's tokenizer stand for no text.
+  if (training.sample_tokens <= 0 || trainer.tokenizer().name() != "bytes") return;
   GenerateOptions options;
   options.max_tokens = training.sample_tokens;
   options.sampling = {.temperature = 0.8, .top_k = 0, .top_p = 0.95};

@@ -120,7 +120,7 @@ struct DataConfig {
   int64_t validation_every = 0;         // every n-th document of train is held out; 0 = none
   std::string document_split = "file";  // text files: "line" (each line a document), "blank"
                                         // (blank-line separated paragraphs) or "file"
-  std::string tokenizer = "bytes";      // "bytes", or a path (other tokenizers: a later issue)
+  std::string tokenizer = "bytes";      // "bytes", or "ids:V[:EOD]" (data/tokenizer.h)
   int64_t sequence_length = 4096;       // S, tokens
   bool mask_across_documents = false;   // attention and positions stop at document borders
   int64_t validation_overlap = 0;       // tokens of a validation sequence that only give context to
@@ -166,6 +166,7 @@ struct OptimizerConfig {
   bool master_weights = true;          // FP32 copy of BF16 weights
   DType moment_dtype = DType::kF32;    // fp32 | bf16
   DType gradient_dtype = DType::kF32;  // accumulation: fp32 | bf16
+  bool stochastic_rounding = false;    // of BF16 weights without masters and of BF16 moments
   bool operator==(const OptimizerConfig&) const = default;
 };
 

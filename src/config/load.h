@@ -60,6 +60,10 @@ int64_t num_processes(const ParallelConfig& parallel);
 /// layout asks for more than one.
 void require_single_process(const ParallelConfig& parallel);
 
+/// Throws std::invalid_argument, naming key and value, when a GPU's BF16 products cannot take the
+/// model's widths: rows must start on 16 bytes, so the widths are multiples of 8.
+void require_cuda_widths(const ModelConfig& model);
+
 /// Sequences of the optimizer step that starts when `steps_done` and `tokens_done` are finished:
 /// the schedule's value to the nearest multiple of micro_batch_size × max(1, dp), at least one
 /// multiple.

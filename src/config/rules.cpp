@@ -103,11 +103,12 @@ void check_parallel(const Config& config, Rules& rules) {
   rules.check(ep == 1 || model.moe.num_experts > 0, {ep_key, "model.moe.num_experts"},
               "expert_parallel_size({}) needs experts, but num_experts is 0", ep);
   rules.divides(ep_key, ep, "model.moe.num_experts", model.moe.num_experts);
-  const int64_t dp = parallel.data_parallel_size;
-  rules.check(dp == 0 || (dp * tp) % ep == 0, {ep_key, "parallel.data_parallel_size"},
-              "data_parallel_size({}) × tensor_parallel_size({}) = {} must be a multiple of "
-              "expert_parallel_size({})",
-              dp, tp, dp * tp, ep);
+  // Experts fold over dp × cp × tp.
+  const int64_t dp = parallel.data_parallel_size, cp = parallel.context_parallel_size;
+  rules.check(dp == 0 || (dp * cp * tp) % ep == 0, {ep_key, "parallel.data_parallel_size"},
+              "data_parallel_size({}) × context_parallel_size({}) × tensor_parallel_size({}) = {} "
+              "must be a multiple of expert_parallel_size({})",
+              dp, cp, tp, dp * cp * tp, ep);
   const int64_t pp = parallel.pipeline_parallel_size;
   rules.check(pp <= model.num_layers, {"parallel.pipeline_parallel_size", "model.num_layers"},
               "pipeline_parallel_size({}) must be at most num_layers({})", pp, model.num_layers);
@@ -154,11 +155,11 @@ std::string layout(const ParallelConfig& parallel, int64_t dp) {
   return text;
 }
 
-/// The smallest dp with ep | dp · tp, where dp is not given.
+/// The smallest dp with ep | dp · cp · tp, where dp is not given.
 int64_t replicas(const ParallelConfig& parallel) {
   if (parallel.data_parallel_size > 0) return parallel.data_parallel_size;
   const int64_t ep = parallel.expert_parallel_size;
-  return ep / std::gcd(ep, parallel.tensor_parallel_size);
+  return ep / std::gcd(ep, parallel.context_parallel_size * parallel.tensor_parallel_size);
 }
 
 }  // namespace
@@ -192,6 +193,20 @@ void require_single_process(const ParallelConfig& parallel) {
   reset("expert_parallel_size", parallel.expert_parallel_size);
   invalid("parallel: {} = {} processes, but this run has 1; to fit one process add:{}",
           layout(parallel, replicas(parallel)), processes, overrides);
+}
+
+void require_cuda_widths(const ModelConfig& model) {
+  if (model.dtype != DType::kBF16) return;
+  const std::pair<const char*, int64_t> widths[] = {
+      {"model.hidden_size", model.hidden_size},
+      {"model.intermediate_size", model.intermediate_size},
+      {"model.moe.moe_intermediate_size",
+       model.moe.num_experts > 0 ? model.moe.moe_intermediate_size : 0}};
+  for (const auto& [key, width] : widths) {
+    require(width % 8 == 0,
+            "{}: {}, but in bf16 on a GPU it must be a multiple of 8 (or take model.dtype=fp32)",
+            key, width);
+  }
 }
 
 }  // namespace dsv3

@@ -58,7 +58,9 @@ constexpr Field kRun[] = {
      kSplits},
     {"data.jsonl_field", DSV3_SLOT(data.jsonl_field), "",
      "field of a JSONL line that holds the text of its document"},
-    {"data.tokenizer", DSV3_SLOT(data.tokenizer), "", "bytes, or the path of a tokenizer"},
+    {"data.tokenizer", DSV3_SLOT(data.tokenizer), "",
+     "bytes, or ids:V[:EOD] for V token ids that another program made, of which EOD ends "
+     "documents"},
     {"data.sequence_length",
      DSV3_SLOT(data.sequence_length),
      "tokens",
@@ -167,6 +169,10 @@ constexpr Field kRun[] = {
      "type in which gradients are summed",
      {},
      kDTypes},
+    {"optimizer.stochastic_rounding", DSV3_SLOT(optimizer.stochastic_rounding), "",
+     "round BF16 moments, and BF16 weights without masters, up or down at random instead of to "
+     "nearest: small updates then count on average; the bits follow from training.seed and the "
+     "step"},
 
     {"checkpoint.every_steps", DSV3_SLOT(checkpoint.every_steps), "steps",
      "steps between checkpoints; 0 = not by steps; there is always one at the end", kCount},

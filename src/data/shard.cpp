@@ -105,6 +105,8 @@ ShardInfo ShardWriter::finish() {
 }
 
 bool TokenShard::is_shard(const std::filesystem::path& path) {
+  // Note: what is read from a pipe is gone for the reader that comes after.
+  if (!std::filesystem::is_regular_file(path)) return false;
   std::ifstream file(path, std::ios::binary);
   char magic[sizeof kMagic] = {};
   return file.read(magic, sizeof magic) && std::memcmp(magic, kMagic, sizeof kMagic) == 0;

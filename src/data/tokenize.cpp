@@ -47,17 +47,16 @@ class Pipeline {
       : paths_(paths), options_(options), tokenizer_(tokenizer), files_(paths.size()) {
     window_ = static_cast<size_t>(num_workers);
     ahead_ = num_workers + 2;
-    for (int64_t i = 0; i < num_workers; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int64_t i = 0; i < num_workers; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error& error) {
+      stop();
+      throw IoError(fmt::format("cannot start {} threads to tokenise with: {}", num_workers,
+                                error.code().message()));
+    }
   }
 
-  ~Pipeline() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wake_workers_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Pipeline() { stop(); }
 
   /// The next chunk of `file`; nothing at its end. Waits, but not beyond `patience`: then an empty
   /// chunk. Rethrows the file's error where it happened.
@@ -92,6 +91,15 @@ class Pipeline {
   }
 
  private:
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_workers_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   /// A file of the window that can be read on; files_.size() when there is none now.
   size_t readable_file() const {
     for (size_t f = head_; f < std::min(files_.size(), head_ + window_); ++f) {
@@ -134,10 +142,14 @@ class Pipeline {
       wake_workers_.notify_one();
       lock.unlock();
 
-      for (const auto& text : texts) {
-        if (text.empty()) continue;
-        chunk.tokens.push_back(tokenizer_.encode(text));
-        chunk.text_bytes.push_back(static_cast<int64_t>(text.size()));
+      try {
+        for (const auto& text : texts) {
+          if (text.empty()) continue;
+          chunk.tokens.push_back(tokenizer_.encode(text));
+          chunk.text_bytes.push_back(static_cast<int64_t>(text.size()));
+        }
+      } catch (...) {
+        if (!chunk.error) chunk.error = std::current_exception();
       }
 
       lock.lock();

@@ -1,5 +1,7 @@
 #include "data/tokenizer.h"
 
+#include <charconv>
+
 #include "base/error.h"
 #include "data/hash.h"
 
@@ -83,11 +85,47 @@ std::string_view ByteTokenizer::bytes_of(int32_t id) const {
                   : std::string_view();
 }
 
+IdTokenizer::IdTokenizer(const std::string& spec) : name_(spec) {
+  constexpr int64_t kMost = 16777216;  // as model.vocab_size
+  std::string_view rest = std::string_view(spec).substr(std::string_view("ids:").size());
+  const auto number = [&rest](int64_t& value) {
+    const auto [stop, error] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
+    rest.remove_prefix(static_cast<size_t>(stop - rest.data()));
+    return error == std::errc();
+  };
+  bool good = number(vocab_size_) && vocab_size_ > 0 && vocab_size_ <= kMost;
+  int64_t end = vocab_size_ - 1;
+  if (good && rest.starts_with(':')) {
+    rest.remove_prefix(1);
+    good = number(end) && end >= 0 && end < vocab_size_;
+  }
+  require(good && rest.empty(),
+          "tokenizer: '{}', but ids are given as ids:V or ids:V:EOD, V ids (1 to {}) of which EOD "
+          "ends documents, e.g. ids:50257:50256",
+          spec, kMost);
+  specials_.end_of_document = specials_.pad = static_cast<int32_t>(end);
+}
+
+uint64_t IdTokenizer::checksum() const {
+  return hash_bytes(name_, 0);
+}
+
+void IdTokenizer::encode(std::string_view text, std::vector<int32_t>&) const {
+  require(text.empty(), "tokenizer: '{}' has ids only and cannot encode text", name_);
+}
+
+std::string_view IdTokenizer::bytes_of(int32_t id) const {
+  require(id >= 0 && id < vocab_size_, "token id {} is outside the tokenizer's 0..{}", id,
+          vocab_size_ - 1);
+  return {};
+}
+
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec) {
   if (spec == "bytes") return std::make_unique<ByteTokenizer>();
+  if (spec.starts_with("ids:")) return std::make_unique<IdTokenizer>(spec);
   invalid(
-      "tokenizer: '{}' is not known; 'bytes' is the one that is built in (a Hugging Face "
-      "tokenizer.json is not supported yet)",
+      "tokenizer: '{}' is not known; there are bytes, and ids:V[:EOD] for token ids that another "
+      "program made (a Hugging Face tokenizer.json is not supported yet)",
       spec);
 }
 

@@ -61,7 +61,29 @@ class ByteTokenizer final : public Tokenizer {
   std::string bytes_;  // the 256 bytes in order, for bytes_of
 };
 
-/// The tokenizer that `data.tokenizer` names: "bytes". Throws std::invalid_argument otherwise.
+/// Ids that another program made (a Megatron pair, say), taken as they are: "ids:V" or "ids:V:EOD",
+/// with V ids of which EOD (default V - 1) ends documents and pads. They stand for no text:
+/// encode() throws std::invalid_argument, bytes_of() is empty.
+class IdTokenizer final : public Tokenizer {
+ public:
+  /// Throws std::invalid_argument when `spec` has another form or EOD is not one of the ids.
+  explicit IdTokenizer(const std::string& spec);
+  using Tokenizer::encode;
+  const std::string& name() const override { return name_; }
+  int64_t vocab_size() const override { return vocab_size_; }
+  const SpecialTokens& specials() const override { return specials_; }
+  uint64_t checksum() const override;
+  void encode(std::string_view text, std::vector<int32_t>& ids) const override;
+  std::string_view bytes_of(int32_t id) const override;
+
+ private:
+  std::string name_;
+  int64_t vocab_size_ = 0;
+  SpecialTokens specials_;
+};
+
+/// The tokenizer that `data.tokenizer` names: "bytes" or "ids:V[:EOD]". Throws
+/// std::invalid_argument otherwise.
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
 
 /// Text of ids that arrive one by one, for printing while a model generates. Every string returned

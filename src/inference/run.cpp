@@ -1,5 +1,7 @@
 #include "inference/run.h"
 
+#include <c10/util/Exception.h>
+
 #include "base/error.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/hf_config.h"
@@ -39,12 +41,22 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
   if (options.dtype) config.dtype = *options.dtype;
   config.mtp.num_nextn_predict_layers = 0;
   for (const int64_t id : described.eos_token_ids) {
-    opened.stop_tokens.push_back(static_cast<int32_t>(id));
+    // Some files name ids beyond the vocabulary; no token can be one of those.
+    if (id >= 0 && id < config.vocab_size) opened.stop_tokens.push_back(static_cast<int32_t>(id));
   }
+  if (options.device.is_cuda()) require_cuda_widths(config);
   opened.parameters = std::make_unique<ParameterSet>();
   opened.model = std::make_unique<Model>(config, *opened.parameters);
-  opened.parameters->allocate(
-      {.dtype = config.dtype, .gradients = false, .cuda = options.device.is_cuda()});
+  try {
+    opened.parameters->allocate(
+        {.dtype = config.dtype, .gradients = false, .cuda = options.device.is_cuda()});
+  } catch (const c10::Error&) {
+    throw IoError(
+        fmt::format("{}: a model of {} parameters in {} does not fit into this device's "
+                    "memory",
+                    (opened.checkpoint / "config.json").string(),
+                    opened.parameters->total_parameters(), name_of(config.dtype)));
+  }
   load_weights(opened.checkpoint, *opened.parameters, config.num_layers);
   return opened;
 }

@@ -22,6 +22,7 @@ Parameter* declare_vocabulary(ParameterSet& parameters, const ModelConfig& confi
                               .shape = {config.vocab_size, config.hidden_size},
                               .pieces = {{.name = name, .row_end = config.vocab_size, .tp_dim = 0}},
                               .layer = layer,
+                              .vocabulary = true,
                               .init_std = config.initializer_range});
 }
 

@@ -31,9 +31,10 @@ struct ParameterSpec {
   std::vector<int64_t> shape;           // global
   std::vector<CheckpointPiece> pieces;  // cover the parameter exactly once
   int64_t layer = -1;  // -1 embedding, 0 … num_layers-1, num_layers head and final norm, then MTP
-  bool expert = false;   // dim 0 is the expert: split over expert parallelism
-  bool float32 = false;  // held in FP32 whatever the model's dtype (router)
-  bool decay = true;     // weight-decay class
+  bool expert = false;      // dim 0 is the expert: split over expert parallelism
+  bool float32 = false;     // held in FP32 whatever the model's dtype (router)
+  bool vocabulary = false;  // embedding or head: its rows are the vocabulary's
+  bool decay = true;        // weight-decay class
   bool trainable =
       true;  // false: a buffer (routing bias): no gradient, clipping, decay; saved always
   Init init = Init::kNormal;

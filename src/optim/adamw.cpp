@@ -19,10 +19,8 @@ at::ScalarType moment_type(DType dtype) {
   return dtype == DType::kF32 ? at::kFloat : at::kBFloat16;
 }
 
-/// Address of element `index` of a flat tensor; null for an undefined one.
-void* address(const at::Tensor& flat, int64_t index) {
-  if (!flat.defined()) return nullptr;
-  return static_cast<char*>(flat.data_ptr()) + index * flat.element_size();
+void* address(const at::Tensor& flat) {
+  return flat.defined() ? flat.data_ptr() : nullptr;
 }
 
 }  // namespace
@@ -30,7 +28,10 @@ void* address(const at::Tensor& flat, int64_t index) {
 AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
     : buckets_(buckets), options_(options) {
   DSV3_CHECK(!buckets_.empty(), "the optimizer needs allocated parameters");
+  require(options_.ema_decay >= 0 && options_.ema_decay < 1,
+          "[adamw] ema_decay: expected at least 0 and below 1, got {}", options_.ema_decay);
   const ops::NoRecord guard;
+  int64_t first_index = 0;
   for (const auto& bucket : buckets_) {
     DSV3_CHECK(bucket.grads.defined(), "the optimizer needs buckets with gradients");
     const auto like = bucket.values.options().requires_grad(false);
@@ -39,6 +40,9 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
     state.exp_avg_sq = at::zeros({bucket.numel()}, like.dtype(moment_type(options_.moment_dtype)));
     if (options_.master_weights && bucket.values.scalar_type() == at::kBFloat16)
       state.master = at::empty({bucket.numel()}, like.dtype(at::kFloat));
+    if (options_.ema_decay > 0) state.ema = at::empty({bucket.numel()}, like.dtype(at::kFloat));
+    state.first_index = first_index;
+    first_index += (bucket.numel() + 7) / 8 * 8;  // eight elements share their random words
     states_.push_back(std::move(state));
   }
   const auto device = buckets_.front().values.options().requires_grad(false);
@@ -50,21 +54,27 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
 
 void AdamW::reset_masters() {
   const ops::NoRecord guard;
-  for (size_t i = 0; i < buckets_.size(); ++i)
+  for (size_t i = 0; i < buckets_.size(); ++i) {
     if (states_[i].master.defined()) states_[i].master.copy_(buckets_[i].values);
+    if (states_[i].ema.defined()) states_[i].ema.copy_(buckets_[i].values);
+  }
 }
 
 std::vector<Companion> AdamW::state() const {
-  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}}, masters{"master", {}};
-  bool any_master = false;
+  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}};
+  Companion masters{"master", {}}, means{"running_mean", {}};
+  bool any_master = false, any_mean = false;
   for (const State& state : states_) {
     averages.flats.push_back(state.exp_avg);
     squares.flats.push_back(state.exp_avg_sq);
     masters.flats.push_back(state.master);
+    means.flats.push_back(state.ema);
     any_master = any_master || state.master.defined();
+    any_mean = any_mean || state.ema.defined();
   }
   std::vector<Companion> companions{std::move(averages), std::move(squares)};
   if (any_master) companions.push_back(std::move(masters));
+  if (any_mean) companions.push_back(std::move(means));
   return companions;
 }
 
@@ -91,29 +101,36 @@ GradientNorm AdamW::gradient_norm() {
   return result;
 }
 
-void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                         double weight_decay, double learning_rate, const GradientNorm& norm) {
-  if (begin == end) return;
+void AdamW::update(const Bucket& bucket, const State& state, double learning_rate,
+                   const GradientNorm& norm) {
   const auto step = static_cast<double>(steps_done_);
-  kernels::adamw({.size = end - begin,
+  kernels::adamw({.size = bucket.numel(),
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
                   .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
                   .moment_dtype = options_.moment_dtype,
-                  .weights = address(bucket.values, begin),
-                  .master = static_cast<float*>(address(state.master, begin)),
-                  .gradients = address(bucket.grads, begin),
-                  .exp_avg = address(state.exp_avg, begin),
-                  .exp_avg_sq = address(state.exp_avg_sq, begin),
+                  .weights = address(bucket.values),
+                  .master = static_cast<float*>(address(state.master)),
+                  .gradients = address(bucket.grads),
+                  .exp_avg = address(state.exp_avg),
+                  .exp_avg_sq = address(state.exp_avg_sq),
                   .learning_rate = static_cast<float>(learning_rate),
                   .beta1 = static_cast<float>(options_.beta1),
                   .beta2 = static_cast<float>(options_.beta2),
                   .eps = static_cast<float>(options_.eps),
-                  .weight_decay = static_cast<float>(weight_decay),
+                  .weight_decay = static_cast<float>(options_.weight_decay),
                   .correction1 = static_cast<float>(1 - std::pow(options_.beta1, step)),
                   .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
                   .gradient_scale = clip_factor_.data_ptr<float>(),
                   .skip = norm.not_finite.data_ptr<int32_t>(),
-                  .zero_gradients = true},
+                  .zero_gradients = true,
+                  .decay_end = bucket.decay_end,
+                  .ema = address(state.ema),
+                  .ema_dtype = DType::kF32,
+                  .ema_decay = static_cast<float>(options_.ema_decay),
+                  .stochastic_rounding = options_.stochastic_rounding,
+                  .seed = options_.seed,
+                  .step = static_cast<uint64_t>(steps_done_),
+                  .first_index = state.first_index},
                  ops::stream_of(bucket.values));
 }
 
@@ -122,10 +139,7 @@ GradientNorm AdamW::step(double learning_rate) {
   ++steps_done_;
   GradientNorm norm = gradient_norm();
   for (size_t i = 0; i < buckets_.size(); ++i) {
-    const auto& bucket = buckets_[i];
-    update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay, learning_rate,
-                 norm);
-    update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0, learning_rate, norm);
+    update(buckets_[i], states_[i], learning_rate, norm);
   }
   return norm;
 }

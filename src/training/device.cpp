@@ -33,8 +33,10 @@ int64_t allocated_bytes(const at::Device& device) {
 }
 
 void configure_process(int64_t num_threads, bool deterministic) {
+  // LibTorch's own default knows OMP_NUM_THREADS, but takes the physical cores only.
   const auto cores = static_cast<int64_t>(std::max(1u, std::thread::hardware_concurrency()));
-  at::set_num_threads(static_cast<int>(num_threads > 0 ? num_threads : cores));
+  if (num_threads > 0 || std::getenv("OMP_NUM_THREADS") == nullptr)
+    at::set_num_threads(static_cast<int>(num_threads > 0 ? num_threads : cores));
   at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
   if (!deterministic) return;
   // cuBLAS reads this once, when its handle is made; without it LibTorch refuses to be

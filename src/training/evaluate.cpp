@@ -7,6 +7,7 @@
 #include <c10/core/GradMode.h>
 
 #include <chrono>
+#include <limits>
 #include <numbers>
 
 #include "base/error.h"
@@ -49,8 +50,9 @@ Evaluation evaluate(const Model& model, Loader& loader, const EvaluationOptions&
   const double nats = host.data_ptr<double>()[0];
   const auto tokens = static_cast<double>(result.tokens);
   result.loss = nats / tokens;
-  result.bits_per_byte =
-      nats / std::numbers::ln2 / static_cast<double>(std::max<int64_t>(result.bytes, 1));
+  result.bits_per_byte = result.bytes > 0
+                             ? nats / std::numbers::ln2 / static_cast<double>(result.bytes)
+                             : std::numeric_limits<double>::quiet_NaN();
   result.accuracy = host.data_ptr<double>()[1] / tokens;
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

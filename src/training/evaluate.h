@@ -20,7 +20,8 @@ struct EvaluationOptions {
 struct Evaluation {
   bool complete = true;      // false: the pass was ended early; the rest is then without meaning
   double loss = 0;           // nats per label
-  double bits_per_byte = 0;  // summed nats / ln 2 / bytes of the labels' text
+  double bits_per_byte = 0;  // summed nats / ln 2 / bytes of the labels' text; NaN
+                             // where the tokenizer's ids stand for no text
   double accuracy = 0;       // share of labels that argmax guesses
   int64_t tokens = 0;        // labels that counted
   int64_t bytes = 0;         // of their text

@@ -28,6 +28,10 @@ void Trainer::announce() {
                                 short_count(static_cast<double>(validation_->num_documents())),
                                 short_count(static_cast<double>(validation_->num_tokens())))
                   : "nothing, so there is no evaluation"));
+  if (config_.parallel.zero_stage > 0)
+    monitor_->warning("parallel.zero_stage: one process has nothing to share its states with");
+  if (config_.model.moe.use_deep_ep)
+    monitor_->warning("model.moe.use_deep_ep: no effect on one process");
   if (config_.monitor.tensorboard)
     monitor_->warning(
         "monitor.tensorboard: event files are not written yet; metrics.jsonl has every number");
@@ -107,7 +111,7 @@ std::optional<Evaluation> Trainer::evaluate_now() {
   evaluated_step_ = steps_done_;
   Record record{.step = steps_done_, .values = {}};
   record.add(metric::kEvalLoss, result.loss);
-  record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
+  if (result.bytes > 0) record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalAccuracy, result.accuracy);
   record.add(metric::kEvalTokens, static_cast<double>(result.tokens));
   record.add(metric::kEvalTime, result.seconds);

@@ -14,6 +14,7 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
       options_(std::move(options)),
       device_(choose_device(config.training.device)) {
   require_single_process(config_.parallel);
+  if (device_.is_cuda()) require_cuda_widths(config_.model);
   require(config_.training.steps > 0, "training.steps: {}, but a run needs at least 1",
           config_.training.steps);
   configure_process(config_.training.num_threads, config_.training.deterministic);
@@ -73,7 +74,7 @@ void Trainer::build_model() {
   model_ = std::make_unique<Model>(config_.model, parameters_);
   if (!config_.optimizer.decay_embeddings) {
     for (auto& parameter : parameters_.parameters())
-      if (parameter.spec.layer == -1) parameter.spec.decay = false;
+      if (parameter.spec.vocabulary) parameter.spec.decay = false;
   }
   parameters_.allocate({.dtype = config_.model.dtype,
                         .gradient_dtype = config_.optimizer.gradient_dtype,
@@ -81,14 +82,16 @@ void Trainer::build_model() {
                         .cuda = device_.is_cuda()});
   parameters_.initialize(static_cast<uint64_t>(config_.training.seed));
   const auto& optimizer = config_.optimizer;
-  optimizer_ = std::make_unique<AdamW>(parameters_.buckets(),
-                                       AdamWOptions{.beta1 = optimizer.beta1,
-                                                    .beta2 = optimizer.beta2,
-                                                    .eps = optimizer.eps,
-                                                    .weight_decay = optimizer.weight_decay,
-                                                    .clip = optimizer.clip,
-                                                    .master_weights = optimizer.master_weights,
-                                                    .moment_dtype = optimizer.moment_dtype});
+  optimizer_ = std::make_unique<AdamW>(
+      parameters_.buckets(), AdamWOptions{.beta1 = optimizer.beta1,
+                                          .beta2 = optimizer.beta2,
+                                          .eps = optimizer.eps,
+                                          .weight_decay = optimizer.weight_decay,
+                                          .clip = optimizer.clip,
+                                          .master_weights = optimizer.master_weights,
+                                          .moment_dtype = optimizer.moment_dtype,
+                                          .stochastic_rounding = optimizer.stochastic_rounding,
+                                          .seed = static_cast<uint64_t>(config_.training.seed)});
   saver_ = std::make_unique<Saver>(parameters_, config_.model,
                                    Saver::Options{.keep_last = config_.checkpoint.keep_last,
                                                   .keep_every = config_.checkpoint.keep_every});

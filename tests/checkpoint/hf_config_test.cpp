@@ -184,6 +184,9 @@ TEST(HfConfig, EveryRefusalNamesFileAndField) {
   expect_refused("hidden_size", "7168");
   expect_refused("hidden_size", 1e30);
   expect_refused("hidden_size", 18446744073709551615ull);
+  expect_refused("num_hidden_layers", 2000000000);
+  expect_refused("n_routed_experts", 1000000000);
+  expect_refused("vocab_size", 2000000000);
   expect_refused("vocab_size", 2.5);
   expect_refused("num_key_value_heads", 8);
   expect_refused("attention_bias", true);
@@ -209,6 +212,21 @@ TEST(HfConfig, EveryRefusalNamesFileAndField) {
   EXPECT_THROW(parse_hf_config("{", "x"), std::invalid_argument);
   EXPECT_THROW(parse_hf_config("[]", "x"), std::invalid_argument);
   EXPECT_THROW(parse_hf_config(std::string(100000, '['), "x"), std::invalid_argument);
+}
+
+// topk_method says both how groups are scored and whether there is a bias: some routers have no
+// name.
+TEST(HfConfig, RoutersWithoutANameAreNotWritten) {
+  ModelConfig model = read(v3());
+  model.moe.group_score = MoeConfig::GroupScore::kMax;
+  EXPECT_THROW(to_hf_config(model), std::invalid_argument);
+  model.moe.scoring = MoeConfig::Scoring::kSoftmax;
+  model.moe.use_bias = false;
+  EXPECT_NO_THROW(to_hf_config(model));
+  model.moe.group_score = MoeConfig::GroupScore::kTop2Sum;
+  EXPECT_THROW(to_hf_config(model), std::invalid_argument);
+  model.moe.n_group = model.moe.topk_group = 1;
+  EXPECT_NO_THROW(to_hf_config(model));
 }
 
 }  // namespace

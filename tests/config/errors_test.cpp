@@ -199,13 +199,48 @@ TEST(ConfigRules, Parallel) {
   EXPECT_EQ(error_of("model: {moe: {num_experts: 8}}\n"
                      "parallel: {expert_parallel_size: 4, data_parallel_size: 2}"),
             "run.yaml:2:12: parallel.expert_parallel_size: data_parallel_size(2) × "
-            "tensor_parallel_size(1) = 2 must be a multiple of expert_parallel_size(4)");
+            "context_parallel_size(1) × tensor_parallel_size(1) = 2 must be a multiple of "
+            "expert_parallel_size(4)");
   EXPECT_EQ(error_of("model: {num_layers: 4}\nparallel: {pipeline_parallel_size: 8}"),
             "run.yaml:2:12: parallel.pipeline_parallel_size: pipeline_parallel_size(8) must be at "
             "most num_layers(4)");
+  // Experts fold over the context axis too.
+  EXPECT_EQ(
+      num_processes(testing::load("model: {moe: {num_experts: 8}}\n"
+                                  "parallel: {expert_parallel_size: 2, context_parallel_size: 2}")
+                        .parallel),
+      2);
   EXPECT_EQ(error_of("parallel: {context_parallel_size: 3}"),
             "run.yaml:1:12: parallel.context_parallel_size: sequence_length(4096) must be a "
             "multiple of context_parallel_size(3)");
+}
+
+// What no router, rotary or group body takes is refused before a run starts.
+TEST(ConfigRules, LimitsOfTheKernels) {
+  for (const char* key : {"num_experts: 513", "num_experts_per_token: 17", "n_group: 65"}) {
+    EXPECT_NE(error_of(std::string("model: {moe: {") + key + "}}").find("must be between"),
+              std::string::npos)
+        << key;
+  }
+  EXPECT_NE(error_of("model: {mla: {qk_rope_head_dim: 1026}}").find("must be between"),
+            std::string::npos);
+}
+
+TEST(ConfigRules, WidthsOfAGpusProducts) {
+  const auto refused = [](const std::string& yaml) {
+    try {
+      require_cuda_widths(testing::load(yaml).model);
+    } catch (const std::invalid_argument& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_NE(refused("model: {hidden_size: 65}").find("model.hidden_size: 65"), std::string::npos);
+  EXPECT_NE(refused("model: {moe: {num_experts: 8, moe_intermediate_size: 33}}")
+                .find("model.moe.moe_intermediate_size: 33"),
+            std::string::npos);
+  EXPECT_EQ(refused("model: {hidden_size: 64}"), "");
+  EXPECT_EQ(refused("model: {hidden_size: 65, dtype: fp32}"), "");
 }
 
 TEST(ConfigRules, BatchLengthAndData) {

@@ -95,5 +95,13 @@ TEST(Tokenize, NoFilesAndNoWorkers) {
                std::invalid_argument);
 }
 
+TEST(Tokenize, ATokenizerThatRefusesTextIsAnError) {
+  const TemporaryDirectory dir;
+  const IdTokenizer ids("ids:300");
+  write(dir / "a.txt", "text\n");
+  const auto ignore = [](const std::vector<int32_t>&, int64_t) {};
+  EXPECT_THROW(tokenize_files({dir / "a.txt"}, {}, ids, 2, ignore, {}), std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace dsv3

@@ -100,5 +100,26 @@ TEST(Permutation, IsOne) {
   }
 }
 
+TEST(IdTokenizer, TakesIdsAsTheyAre) {
+  const auto plain = make_tokenizer("ids:50257");
+  EXPECT_EQ(plain->vocab_size(), 50257);
+  EXPECT_EQ(plain->specials().end_of_document, 50256);
+  const auto chosen = make_tokenizer("ids:32000:2");
+  EXPECT_EQ(chosen->vocab_size(), 32000);
+  EXPECT_EQ(chosen->specials().end_of_document, 2);
+  EXPECT_EQ(chosen->specials().pad, 2);
+  EXPECT_NE(chosen->checksum(), plain->checksum());
+  EXPECT_EQ(chosen->bytes_of(31999), "");
+  EXPECT_THROW(chosen->bytes_of(32000), std::invalid_argument);
+  EXPECT_THROW(chosen->encode("text"), std::invalid_argument);
+}
+
+TEST(IdTokenizer, RefusesOtherForms) {
+  for (const char* spec : {"ids:", "ids:x", "ids:0", "ids:-4", "ids:10:10", "ids:10:-1",
+                           "ids:10:", "ids:10:3:4", "ids:99999999999999999999", "ids:16777217"}) {
+    EXPECT_THROW(make_tokenizer(spec), std::invalid_argument) << spec;
+  }
+}
+
 }  // namespace
 }  // namespace dsv3

@@ -3,6 +3,7 @@
 Usage: cli_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs Python's standard library only.
 """
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DSV3 = ""
-COMMANDS = ["train", "config", "plan", "checkpoint", "eval", "generate", "data", "verify"]
+COMMANDS = ["train", "config", "plan", "checkpoint", "eval", "generate", "data", "bench", "verify"]
 
 
 def run(*command, **options):
@@ -120,6 +121,63 @@ class Program(unittest.TestCase):
         self.assertNotIn("\033", result.stdout)
 
 
+class Bench(unittest.TestCase):
+    assert_one_sentence = Program.assert_one_sentence
+
+    def names(self):
+        result = run(DSV3, "bench", "op", "--list")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        return [line.split()[0] for line in result.stdout.splitlines()]
+
+    def test_list_names_every_family_once(self):
+        names = self.names()
+        self.assertEqual(len(names), len(set(names)))
+        for name in ("rms_norm_forward", "rms_norm_backward", "swiglu_forward", "rope_query_forward", "cross_entropy",
+                     "embedding_backward", "route_forward", "permute_forward", "combine_backward", "adamw"):
+            self.assertIn(name, names)
+
+    def test_plans_state_the_sizes_of_all_three_models(self):
+        result = run(DSV3, "bench", "op", "rms_norm_forward", "--dry-run", "--tokens", 10, "--dtype", "fp32", "--device", "cpu")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        plans = {plan["shape"]: plan for plan in map(json.loads, result.stdout.splitlines())}
+        self.assertEqual({name: plan["dims"]["D"] for name, plan in plans.items()}, {"v3": 7168, "lite12": 2048, "small": 1024})
+        # x and y, the weight, 1/rms of each row.
+        self.assertEqual(plans["small"]["bytes"], 4 * (2 * 10 * 1024 + 1024 + 10))
+
+    def test_every_operator_gives_a_line_for_each_way(self):
+        names = self.names()
+        for dtype in ("fp32", "bf16"):
+            with self.subTest(dtype):
+                result = run(DSV3, "bench", "op", "--shape", "small", "--tokens", 5, "--rounds", 1, "--device", "cpu",
+                             "--dtype", dtype, "--seed", 7, "--table")
+                self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+                rows = [json.loads(line) for line in result.stdout.splitlines()]
+                self.assertEqual([(row["op"], row["way"]) for row in rows],
+                                 [(name, way) for name in names for way in ("ours", "composed")])
+                for row in rows:
+                    self.assertNotIn("error", row)
+                    self.assertEqual((row["shape"], row["dtype"], row["seed"], row["timed"]), ("small", dtype, 7, "clock"))
+                    self.assertTrue(0 < row["min_us"] <= row["median_us"], row)
+                    self.assertAlmostEqual(row["gbps"], row["bytes"] / row["median_us"] / 1e3, delta=2e-3 * row["gbps"])
+                    self.assertAlmostEqual(row["percent_of_copy"], 100 * row["gbps"] / row["copy_gbps"],
+                                           delta=3e-3 * row["percent_of_copy"])
+                for name in names:
+                    self.assertRegex(result.stderr, rf"(?m)^{name} +small ")
+
+    def test_a_word_selects_what_begins_with_it(self):
+        result = run(DSV3, "bench", "op", "rms_norm", "swiglu_forward", "--dry-run", "--shape", "small", "--device", "cpu")
+        picked = [json.loads(line)["op"] for line in result.stdout.splitlines()]
+        self.assertEqual(picked, [name for name in self.names() if name.startswith("rms_norm_") or name == "swiglu_forward"])
+        self.assertGreater(len(picked), 2)
+
+    def test_wrong_names_and_options(self):
+        self.assert_one_sentence(run(DSV3, "bench", "op", "swiglu_foward"), 2, "'swiglu_foward'", "did you mean 'swiglu_forward'?")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "xyzzy"), 2, "'xyzzy'", "--list")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "--shape", "huge"), 2, "huge", "lite12")
+        self.assert_one_sentence(run(DSV3, "bench", "op", "--tokens", "0"), 2, "--tokens")
+        self.assert_one_sentence(run(DSV3, "bench"), 2, "dsv3 bench --help")
+
+
 class Scripts(unittest.TestCase):
     def test_every_script_has_help(self):
         for script in sorted((ROOT / "scripts").glob("*.sh")):
@@ -172,6 +230,7 @@ class Layers(unittest.TestCase):
             "src/other/g.cpp": ("", "no room called other"),
             "tests/ops/h.cpp": ("#include <ATen/ATen.h>", "ATen/ATen.h is banned"),
             "src/kernels/i.cu": ("#include <thrust/sort.h>", "narrow CUB header"),
+            "bench/ops/j.cpp": ('#include "training/trainer.h"', "bench may include only"),
         }
         for name, (line, reason) in cases.items():
             with self.subTest(name):
@@ -216,6 +275,83 @@ class Totals(unittest.TestCase):
         skipped = '<testcase name="a" status="notrun"><skipped message="SKIP_RETURN_CODE=77"/></testcase>'
         totals = '<testcase name="b" status="run"><system-out>x\n5 passed, 0 failed, 2 skipped\n</system-out></testcase>'
         self.assertEqual(self.count(skipped + totals, {}), (0, "5 passed, 0 failed, 3 skipped"))
+
+
+class TrainedRun(unittest.TestCase):
+    """What people do with a run, on one of two steps."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = tempfile.TemporaryDirectory()
+        cls.directory = Path(cls.place.name)
+        (cls.directory / "text.txt").write_text("In the beginning was the Word.\n" * 200)
+        (cls.directory / "run.yaml").write_text(
+            "model: {num_layers: 2, hidden_size: 32, mla: {num_heads: 2, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8,"
+            " v_head_dim: 8}, moe: {num_experts: 4, num_experts_per_token: 2}}\n"
+            f"data: {{train: {cls.directory}/text.txt, document_split: line, validation_every: 20, sequence_length: 32}}\n"
+            "training: {steps: 2, micro_batch_size: 2, global_batch_size: 4, sample_tokens: 4, device: cpu}\n")
+        cls.run_directory = cls.directory / "run"
+        cls.trained = run(DSV3, "train", cls.directory / "run.yaml", "--out", cls.run_directory)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.place.cleanup()
+
+    def eval_tokens(self, text):
+        path = self.directory / "tokens.json"
+        path.write_text(text)
+        return run(DSV3, "eval", self.run_directory, "--tokens", path, "--logits", self.directory / "logits.safetensors", "--device", "cpu")
+
+    def test_it_trains(self):
+        self.assertEqual(self.trained.returncode, 0, self.trained.stderr)
+        self.assertIn("saved", self.trained.stdout)
+
+    def test_logits_of_tokens(self):
+        result = self.eval_tokens("[1, 2, 3]")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertTrue((self.directory / "logits.safetensors").exists())
+
+    def test_bad_tokens_are_one_sentence(self):
+        for text in ("", "{}", "[]", "[1.5]", "[-1]", "[264]", "[[1]]", "[1e99]", "[" * 100000, '{"a":' * 100000):
+            with self.subTest(text[:10]):
+                result = self.eval_tokens(text)
+                self.assertEqual(result.returncode, 2, result.stderr[:300])
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]*tokens\.json[^\n]*\n\Z")
+
+    def test_eval_of_what_is_not_there(self):
+        for target, data in ((self.directory / "nothing", None), (self.directory, None), (self.run_directory, self.directory / "none.txt")):
+            with self.subTest(str(data or target)):
+                result = run(DSV3, "eval", target, *([data] if data else []), "--device", "cpu")
+                self.assertIn(result.returncode, (1, 2))
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
+                self.assertIn(str(data or target), result.stderr)
+
+    def test_generate_prints_the_prompt_and_more(self):
+        result = run(DSV3, "generate", self.run_directory, "--prompt", "In the", "--tokens", "5", "--device", "cpu")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertTrue(result.stdout.startswith("In the"))
+
+    def test_a_pipe_is_read_whole(self):
+        text = "".join(f"verse {i}\n" for i in range(3000))
+        (self.directory / "verses.txt").write_text(text)
+        command = f'"{DSV3}" data tokenize <(cat "{self.directory}/verses.txt") --out "{self.directory}/piped.tokens"'
+        result = run("bash", "-c", command)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn(f"{len(text):,} tokens", result.stdout)
+
+    def test_tokenize_errors_are_one_sentence(self):
+        (self.directory / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+        cases = ((["none.txt"], "none.txt"), (["bad.jsonl"], "bad.jsonl"), (["text.txt", "--tokenizer", "ids:300"], "ids:300"))
+        for arguments, word in cases:
+            with self.subTest(word):
+                result = run(DSV3, "data", "tokenize", *arguments, "--out", "x.tokens", cwd=self.directory)
+                self.assertIn(result.returncode, (1, 2))
+                self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
+                self.assertIn(word, result.stderr)
+                self.assertFalse((self.directory / "x.tokens").exists())
+        result = run(DSV3, "data", "tokenize", "text.txt", "--out", self.run_directory, cwd=self.directory)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertFalse(Path(f"{self.run_directory}.tmp").exists())
 
 
 def main():

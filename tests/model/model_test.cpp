@@ -147,7 +147,7 @@ void compare_with_plain_model(uint64_t seed, DType dtype, Recompute recompute, d
 
 TEST(Model, Float64LossAndEveryGradientEqualThePlainModel) {
   for (int i = 0; i < 6; ++i) {
-    compare_with_plain_model(std::random_device()(), DType::kF64, Recompute::kNone, 1e-7);
+    compare_with_plain_model(std::random_device()(), DType::kF64, Recompute::kNone, 1e-11);
   }
 }
 

@@ -92,10 +92,11 @@ at::Tensor PlainModel::rotate(const at::Tensor& x) const {
       config_.rope.theta, at::arange(0, dims, 2, kDouble) * (-1.0 / static_cast<double>(dims)));
   at::Tensor angle = at::outer(at::arange(length, kDouble), frequency);
   while (angle.dim() < x.dim()) angle = angle.unsqueeze(1);
+  // The model's rotary table is FP32 whatever its dtype (ops/rope.h).
+  const at::Tensor cos = angle.cos().to(at::kFloat).to(at::kDouble);
+  const at::Tensor sin = angle.sin().to(at::kFloat).to(at::kDouble);
   const at::Tensor even = x.slice(-1, 0, dims, 2), odd = x.slice(-1, 1, dims, 2);
-  return at::stack({even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()},
-                   -1)
-      .flatten(-2);
+  return at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1).flatten(-2);
 }
 
 at::Tensor PlainModel::attention(const at::Tensor& x, int64_t layer) const {

@@ -1,0 +1,195 @@
+// Tokens laid out expert by expert, and back.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
+
+#include "bench/ops/case.h"
+#include "bench/ops/composed.h"
+#include "kernels/routing.h"
+
+namespace dsv3::bench {
+namespace {
+
+std::vector<std::pair<const char*, int64_t>> row_dims(const Problem& p) {
+  return {{"T", p.tokens}, {"K", p.shape.choices}, {"E", p.shape.experts}, {"D", p.shape.hidden}};
+}
+
+int64_t row_bytes(const Problem& p) {
+  return p.shape.hidden * p.element();
+}
+
+Plan plan_make(const Problem& p) {
+  const int64_t choices = p.tokens * p.shape.choices;
+  return {{{"T", p.tokens}, {"K", p.shape.choices}, {"E", p.shape.experts}},
+          3 * 4 * choices + 2 * 4 * p.shape.experts};
+}
+
+/// T rows on one side, T·K on the other, and where each goes.
+Plan plan_permute(const Problem& p) {
+  const int64_t K = p.shape.choices;
+  return {row_dims(p), p.tokens * ((1 + K) * row_bytes(p) + 4 * K)};
+}
+
+Plan plan_combine_forward(const Problem& p) {
+  const int64_t K = p.shape.choices;
+  return {row_dims(p), p.tokens * ((2 + K) * row_bytes(p) + 8 * K)};
+}
+
+Plan plan_combine_backward(const Problem& p) {
+  const int64_t K = p.shape.choices;
+  return {row_dims(p), p.tokens * ((1 + 2 * K) * row_bytes(p) + 12 * K)};
+}
+
+struct Order {
+  at::Tensor row_of;     // [T, K] int32
+  at::Tensor choice_of;  // [T·K] int32
+};
+
+/// {counts, offsets, row_of, choice_of} of experts [T, K]: a stable sort and its inverse.
+std::vector<at::Tensor> composed_order(const at::Tensor& experts, int64_t E) {
+  const at::Tensor flat = experts.flatten();
+  const at::Tensor choice_of =
+      std::get<1>(at::sort(flat, /*stable=*/true, 0, /*descending=*/false));
+  const at::Tensor rows = at::arange(flat.numel(), choice_of.options());
+  const at::Tensor row_of = at::empty_like(choice_of).scatter_(0, choice_of, rows);
+  const at::Tensor counts =
+      at::zeros({E}, flat.options()).scatter_add_(0, flat.to(at::kLong), at::ones_like(flat));
+  return {counts, at::cumsum(counts, 0), row_of, choice_of};
+}
+
+Order make_order(Setup& s) {
+  const auto found = composed_order(s.distinct_experts(), s.problem.shape.experts);
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices;
+  return {s.keep(found[2].to(at::kInt).view({T, K})), s.keep(found[3].to(at::kInt))};
+}
+
+Work make_permutation_case(Setup& s) {
+  const int64_t T = s.problem.tokens, E = s.problem.shape.experts, K = s.problem.shape.choices;
+  const at::Tensor experts = s.distinct_experts();
+  const auto ints = [&s](at::IntArrayRef sizes) {
+    return s.empty(sizes, at::kInt).mutable_data_ptr<int32_t>();
+  };
+  const kernels::MakePermutation p{
+      .num_tokens = T,
+      .num_experts_per_token = static_cast<int32_t>(K),
+      .num_experts = static_cast<int32_t>(E),
+      .experts = experts.const_data_ptr<int32_t>(),
+      .counts = ints({E}),
+      .offsets = ints({E}),
+      .row_of = ints({T, K}),
+      .choice_of = ints({T * K}),
+      .workspace = ints({kernels::permutation_workspace(T * K, static_cast<int32_t>(E))})};
+  return {[p, stream = s.stream()] { kernels::make_permutation(p, stream); },
+          composed_forward([=] { composed_order(experts, E); })};
+}
+
+Work make_permute_forward(Setup& s) {
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const Order order = make_order(s);
+  const at::Tensor x = s.normal({T, D});
+  const kernels::PermuteForward p{.num_tokens = T,
+                                  .num_experts_per_token = static_cast<int32_t>(K),
+                                  .hidden = D,
+                                  .dtype = s.problem.dtype,
+                                  .x = x.const_data_ptr(),
+                                  .row_of = order.row_of.const_data_ptr<int32_t>(),
+                                  .y = s.empty({T * K, D}).mutable_data_ptr()};
+  const at::Tensor token_of = s.keep(order.choice_of.floor_divide(K));
+  return {[p, stream = s.stream()] { kernels::permute_forward(p, stream); },
+          composed_forward([=] { x.index_select(0, token_of); })};
+}
+
+/// Without weights combine is the gradient of permute.
+Work make_permute_backward(Setup& s) {
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const Order order = make_order(s);
+  const at::Tensor dy = s.normal({T * K, D});
+  const kernels::CombineForward p{.num_tokens = T,
+                                  .num_experts_per_token = static_cast<int32_t>(K),
+                                  .hidden = D,
+                                  .dtype = s.problem.dtype,
+                                  .rows = dy.const_data_ptr(),
+                                  .weights = nullptr,
+                                  .row_of = order.row_of.const_data_ptr<int32_t>(),
+                                  .base = nullptr,
+                                  .y = s.empty({T, D}).mutable_data_ptr()};
+  const at::Tensor input = leaf(s.empty({T, D}));
+  const at::Tensor token_of = s.keep(order.choice_of.floor_divide(K));
+  return {[p, stream = s.stream()] { kernels::combine_forward(p, stream); },
+          composed_backward(
+              [=]() -> std::vector<at::Tensor> { return {input.index_select(0, token_of)}; },
+              {input}, {dy})};
+}
+
+/// base + Σ_k weights · rows.
+at::Tensor composed_combine(const at::Tensor& rows, const at::Tensor& weights,
+                            const at::Tensor& row_of, const at::Tensor& base) {
+  const at::Tensor chosen =
+      rows.index_select(0, row_of.flatten()).view({row_of.size(0), row_of.size(1), rows.size(1)});
+  return base + (chosen * weights.unsqueeze(-1).to(rows.scalar_type())).sum(1);
+}
+
+Work make_combine_forward(Setup& s) {
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const Order order = make_order(s);
+  const at::Tensor rows = s.normal({T * K, D}), base = s.normal({T, D});
+  const at::Tensor weights = s.normal32({T, K});
+  const kernels::CombineForward p{.num_tokens = T,
+                                  .num_experts_per_token = static_cast<int32_t>(K),
+                                  .hidden = D,
+                                  .dtype = s.problem.dtype,
+                                  .rows = rows.const_data_ptr(),
+                                  .weights = weights.const_data_ptr<float>(),
+                                  .row_of = order.row_of.const_data_ptr<int32_t>(),
+                                  .base = base.const_data_ptr(),
+                                  .y = s.empty({T, D}).mutable_data_ptr()};
+  return {[p, stream = s.stream()] { kernels::combine_forward(p, stream); },
+          composed_forward([=] { composed_combine(rows, weights, order.row_of, base); })};
+}
+
+Work make_combine_backward(Setup& s) {
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const Order order = make_order(s);
+  const at::Tensor rows = s.normal({T * K, D}), dy = s.normal({T, D});
+  const at::Tensor weights = s.normal32({T, K});
+  const kernels::CombineBackward p{
+      .num_tokens = T,
+      .num_experts_per_token = static_cast<int32_t>(K),
+      .hidden = D,
+      .dtype = s.problem.dtype,
+      .dy = dy.const_data_ptr(),
+      .rows = rows.const_data_ptr(),
+      .weights = weights.const_data_ptr<float>(),
+      .row_of = order.row_of.const_data_ptr<int32_t>(),
+      .drows = s.empty({T * K, D}).mutable_data_ptr(),
+      .dweights = s.empty({T, K}, at::kFloat).mutable_data_ptr<float>()};
+  const at::Tensor rows_leaf = leaf(rows), weights_leaf = leaf(weights);
+  const auto forward = [=]() -> std::vector<at::Tensor> {
+    return {composed_combine(rows_leaf, weights_leaf, order.row_of, dy)};
+  };
+  return {[p, stream = s.stream()] { kernels::combine_backward(p, stream); },
+          composed_backward(forward, {rows_leaf, weights_leaf}, {dy})};
+}
+
+constexpr Benchmark kBenchmarks[] = {
+    {"make_permutation", "stable order by expert, counts and offsets", plan_make,
+     make_permutation_case},
+    {"permute_forward", "rows gathered into expert order", plan_permute, make_permute_forward},
+    {"permute_backward", "each token's K rows summed", plan_permute, make_permute_backward},
+    {"combine_forward", "base + weighted sum of each token's K rows", plan_combine_forward,
+     make_combine_forward},
+    {"combine_backward", "gradient of the rows and the weights", plan_combine_backward,
+     make_combine_backward},
+};
+
+}  // namespace
+
+std::span<const Benchmark> permutation_benchmarks() {
+  return kBenchmarks;
+}
+
+}  // namespace dsv3::bench
