@@ -172,14 +172,10 @@ void AtomicFile::write(const void* data, size_t size) {
 
 void AtomicFile::commit() {
   if (must_fail(FileAction::kSync, temporary_) || ::fsync(fd_) != 0) io_error("sync", temporary_);
-  if (::close(std::exchange(fd_, -1)) != 0) io_error("close", temporary_);
   if (must_fail(FileAction::kRename, temporary_) ||
-      ::rename(temporary_.c_str(), path_.c_str()) != 0) {
-    const int code = errno;
-    ::unlink(temporary_.c_str());
-    errno = code;
-    io_error("rename", temporary_);
-  }
+      ::rename(temporary_.c_str(), path_.c_str()) != 0)
+    io_error("write", path_);
+  if (::close(std::exchange(fd_, -1)) != 0) io_error("close", path_);
   sync_directory(path_.parent_path());
 }
 

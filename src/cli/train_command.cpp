@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "checkpoint/catalogue.h"
 #include "cli/commands.h"
 #include "config/load.h"
 #include "inference/generate.h"

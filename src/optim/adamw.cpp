@@ -61,16 +61,20 @@ void AdamW::reset_masters() {
 }
 
 std::vector<Companion> AdamW::state() const {
-  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}}, masters{"master", {}};
-  bool any_master = false;
+  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}};
+  Companion masters{"master", {}}, means{"running_mean", {}};
+  bool any_master = false, any_mean = false;
   for (const State& state : states_) {
     averages.flats.push_back(state.exp_avg);
     squares.flats.push_back(state.exp_avg_sq);
     masters.flats.push_back(state.master);
+    means.flats.push_back(state.ema);
     any_master = any_master || state.master.defined();
+    any_mean = any_mean || state.ema.defined();
   }
   std::vector<Companion> companions{std::move(averages), std::move(squares)};
   if (any_master) companions.push_back(std::move(masters));
+  if (any_mean) companions.push_back(std::move(means));
   return companions;
 }
 

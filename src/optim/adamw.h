@@ -69,7 +69,8 @@ class AdamW {
   /// Steps that were not skipped: those that the bias corrections count. Waits for the device.
   int64_t steps_done() const;
 
-  /// The state for a checkpoint: "exp_avg", "exp_avg_sq" and, where there are masters, "master".
+  /// The state for a checkpoint: "exp_avg", "exp_avg_sq" and, where there are such, "master" and
+  /// "running_mean".
   /// The tensors are the optimizer's own: filling them, with restore_steps(), continues a saved
   /// run.
   std::vector<Companion> state() const;

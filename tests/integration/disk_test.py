@@ -31,6 +31,7 @@ checkpoint: {every_steps: 5, keep_last: 2}
 
 
 def run(*command):
+    """Standard output and error apart, as text."""
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
 
 
@@ -128,8 +129,11 @@ class Disk(unittest.TestCase):
 
     def test_a_disk_that_fills_while_training(self):
         disk = self.mount("16m")
+        output = open(self.directory / "output.txt", "w+")  # a pipe that nobody reads would fill up
+        self.addCleanup(output.close)
         process = subprocess.Popen([DSV3, "train", self.config, "--out", self.run_directory, "--steps", "100000"],
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                   stdout=output, stderr=subprocess.STDOUT)
+        self.addCleanup(process.kill)
         while process.poll() is None and not any((self.run_directory / "checkpoints").glob("step_*")):
             time.sleep(0.01)
         free = shutil.disk_usage(disk).free
@@ -146,8 +150,7 @@ class Disk(unittest.TestCase):
             time.sleep(0.05)
         self.assertGreater(self.steps()[-1], saved, "it did not try again")
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 143, output[-2000:])
+        self.assertEqual(process.wait(timeout=60), 143, (self.directory / "output.txt").read_text()[-2000:])
         self.assert_verified()
 
     def test_a_read_only_directory_is_named(self):
@@ -156,7 +159,7 @@ class Disk(unittest.TestCase):
         run("mount", "-o", "remount,ro", disk)
         self.assert_error(self.train("--steps", "20"), 1, self.run_directory, "Read-only file system")
         self.assert_verified()
-        self.assertEqual(run(DSV3, "generate", self.run_directory, "--prompt", "line", "--max-tokens", "4").returncode, 0)
+        self.assertEqual(run(DSV3, "generate", self.run_directory, "--prompt", "line", "--tokens", "4").returncode, 0)
         result = run(DSV3, "train", self.config, "--out", disk / "other")
         self.assert_error(result, 1, disk / "other", "Read-only file system")
         run("mount", "-o", "remount,rw", disk)
@@ -193,12 +196,16 @@ class Disk(unittest.TestCase):
 
 
 class Signals(unittest.TestCase):
+    """Resuming, signals and the time limit from outside."""
+
     setUp, tearDown, train, steps, events = Disk.setUp, Disk.tearDown, Disk.train, Disk.steps, Disk.events
     assert_error, assert_verified = Disk.assert_error, Disk.assert_verified
 
     def start(self, *options):
-        process = subprocess.Popen([DSV3, "train", self.config, "--out", self.run_directory, "--steps", "1000000", *options],
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        """A long run whose first step is done."""
+        process = subprocess.Popen([DSV3, "train", self.config, "--out", self.run_directory, "--steps", "1000000",
+                                    "training.log_every=10000", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.addCleanup(process.kill)
         metrics = self.run_directory / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
             time.sleep(0.01)
@@ -206,7 +213,8 @@ class Signals(unittest.TestCase):
 
     def test_stops_save_print_the_command_and_have_their_codes(self):
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            process = self.start("checkpoint.every_steps=0", *([] if number == signal.SIGINT else ["--overwrite"]))
+            self.run_directory = self.directory / "disk" / f"run{code}"
+            process = self.start("checkpoint.every_steps=0")
             process.send_signal(number)
             output, _ = process.communicate(timeout=60)
             self.assertEqual(process.returncode, code, output)
