@@ -1,6 +1,5 @@
 #include "training/ema.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -8,6 +7,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "checkpoint/host_memory.h"
 #include "kernels/average.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
@@ -23,8 +23,7 @@ Ema::Ema(const EmaConfig& config, std::vector<at::Tensor> weights)
   const at::Device device = weights_.front().device();
   if (!device.is_cuda()) return;
   for (const auto& weight : weights_)
-    staging_.push_back(
-        at::empty({weight.numel()}, at::TensorOptions(weight.scalar_type()).pinned_memory(true)));
+    staging_.push_back(detail::host_tensor(weight.numel(), weight.scalar_type(), /*pinned=*/true));
   const c10::impl::VirtualGuardImpl cuda(at::kCUDA);
   stream_ = cuda.getStreamFromGlobalPool(device);
   copied_.emplace(at::kCUDA);

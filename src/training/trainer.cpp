@@ -170,7 +170,10 @@ void Trainer::profile_before_step() {
 }
 
 void Trainer::profile_after_step() {
-  if (!profiler_.running() || steps_done_ < config_.profile.steps.last) return;
+  if (profiler_.running() && steps_done_ >= config_.profile.steps.last) write_profile();
+}
+
+void Trainer::write_profile() {
   const auto directory = options_.directory / "profile";
   std::filesystem::create_directories(directory);
   const auto trace =
@@ -234,6 +237,7 @@ TrainingResult Trainer::run() {
 
 TrainingResult Trainer::finish(StopReason reason) {
   finish_save(saver_->wait());
+  if (profiler_.running()) write_profile();  // the run is shorter than the range
   TrainingResult result{.reason = reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
   if (reason == StopReason::kTimeLimit)
     monitor_->info(fmt::format("the time limit of {} minutes is reached after step {}",

@@ -134,6 +134,7 @@ class Trainer {
   std::optional<StopReason> stop_reason() const;
   void profile_before_step();
   void profile_after_step();
+  void write_profile();
   TrainingResult finish(StopReason reason);
   SaveJob save_job() const;
   void start_save();
