@@ -16,11 +16,11 @@ CHUNK = 1 << 27  # elements of one tensor in the optimizer's lists
 
 @dataclasses.dataclass
 class Case:
-    function: Callable  # compiled (once for all sets: no lambda) and called with `inputs`
+    function: Optional[Callable] = None  # compiled (once for all sets: no lambda) and called with `inputs`
     inputs: tuple = ()
     leaves: tuple = ()  # their gradients are what is timed, when there are any
     upstream: Optional[tuple] = None  # gradients of the outputs; None: the output is a scalar, forward and backward are timed
-    several: Optional[Callable] = None  # given `compile`, makes a run of several compiled calls itself
+    several: Optional[Callable] = None  # instead of `function`: given `compile`, makes a run of several compiled calls
 
 
 def rms_norm(x, weight):
@@ -161,12 +161,6 @@ def route_forward(d, make):
     return Case(route, (make.floats((d["T"], d["E"])), make.floats((d["E"],)) * 0.1, d["n_group"], d["topk_group"], d["K"]))
 
 
-def route_backward(d, make):
-    logits = make.floats((d["T"], d["E"]), grad=True)
-    inputs = (logits, make.floats((d["E"],)) * 0.1, d["n_group"], d["topk_group"], d["K"])
-    return Case(route, inputs, (logits,), (make.floats((d["T"], d["K"])), make.floats((d["T"], d["E"]))))
-
-
 def balance(scores, sequences, choices):
     experts = scores.shape[1]
     chosen = torch.zeros_like(scores).scatter(1, scores.detach().topk(choices)[1], 1.0)
@@ -175,13 +169,40 @@ def balance(scores, sequences, choices):
     return (f * share).sum()
 
 
-def sequence_balance_forward(d, make):
-    return Case(balance, (make.floats((d["B"] * d["S"], d["E"])).sigmoid(), d["B"], d["K"]))
+def route_balance(logits, bias, groups, topk_group, choices, sequences):
+    weights, scores = route(logits, bias, groups, topk_group, choices)
+    return weights, balance(scores, sequences, choices)
 
 
-def sequence_balance_backward(d, make):
-    scores = make.floats((d["B"] * d["S"], d["E"])).sigmoid().requires_grad_(True)
-    return Case(balance, (scores, d["B"], d["K"]), (scores,), (torch.full((), 1e-4, device=scores.device),))
+def route_inputs(d, make, grad):
+    return (make.floats((d["T"], d["E"]), grad=grad), make.floats((d["E"],)) * 0.1, d["n_group"], d["topk_group"], d["K"], d["B"])
+
+
+def route_balance_forward(d, make):
+    return Case(route_balance, route_inputs(d, make, False))
+
+
+def route_balance_backward(d, make):
+    inputs = route_inputs(d, make, True)
+    loss_gradient = torch.full((), 1e-4, device=inputs[0].device)
+    return Case(route_balance, inputs, (inputs[0],), (make.floats((d["T"], d["K"])), loss_gradient))
+
+
+def gate(x, weight):
+    return x.float() @ weight.t()
+
+
+def gate_inputs(d, make, grad):
+    return make.normal((d["T"], d["D"]), grad=grad), make.floats((d["E"], d["D"]), grad=grad)
+
+
+def gate_forward(d, make):
+    return Case(gate, gate_inputs(d, make, False))
+
+
+def gate_backward(d, make):
+    inputs = gate_inputs(d, make, True)
+    return Case(gate, inputs, inputs, (make.floats((d["T"], d["E"])),))
 
 
 def order(experts, num_experts):
@@ -213,6 +234,16 @@ def gather_rows(x, token_of):
 
 def permute_forward(d, make):
     return Case(gather_rows, (make.normal((d["T"], d["D"])), permutation(d, make)[1]))
+
+
+def gather_scaled(x, scales, token_of):
+    return x[token_of], scales[:, token_of]
+
+
+def permute_fp8_forward(d, make):
+    x = make.normal((d["T"], d["D"])).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = make.floats(((d["D"] + 127) // 128, d["T"]))
+    return Case(gather_scaled, (x, scales, permutation(d, make)[1]))
 
 
 def permute_backward(d, make):
@@ -274,17 +305,17 @@ def update_all(buckets, factor, compile):
 
 def gradient_norm(d, make):
     gradients = make.normal((d["n"],), std=0.5 / d["n"] ** 0.5).split(CHUNK)
-    return Case(square_sum, several=lambda compile: lambda: norm_of(gradients, compile))
+    return Case(several=lambda compile: lambda: norm_of(gradients, compile))
 
 
 def adamw(d, make):
     buckets, one = flat_buckets(d, make), torch.ones((), device=make.device)
-    return Case(adamw_chunk, several=lambda compile: lambda: update_all(buckets, one, compile))
+    return Case(several=lambda compile: lambda: update_all(buckets, one, compile))
 
 
 def optimizer_step(d, make):
     buckets = flat_buckets(d, make)
-    return Case(adamw_chunk, several=lambda compile: lambda: update_all(buckets, norm_of(buckets[1], compile), compile))
+    return Case(several=lambda compile: lambda: update_all(buckets, norm_of(buckets[1], compile), compile))
 
 
 def normal_fill(d, make):

@@ -48,11 +48,11 @@ def compile_once(function):
     return torch.compile(function, dynamic=False)
 
 
-def runner(case):
+def runner(case, compile=compile_once):
     """What is timed: the forward alone, the backward alone, or both where the output is a scalar."""
-    compiled = compile_once(case.function)
     if case.several:
-        return case.several(compile_once)
+        return case.several(compile)
+    compiled = compile(case.function)
     if not case.leaves:
         def forward():
             with torch.no_grad():

@@ -34,6 +34,12 @@ Plan plan_permute(const Problem& p) {
   return {row_dims(p), p.tokens * ((1 + K) * row_bytes(p) + 4 * K)};
 }
 
+/// FP8 rows and one FP32 scale per 128 of D.
+Plan plan_permute_fp8(const Problem& p) {
+  const int64_t K = p.shape.choices, D = p.shape.hidden;
+  return {row_dims(p), p.tokens * ((1 + K) * (D + 4 * ((D + 127) / 128)) + 4 * K)};
+}
+
 Plan plan_combine_forward(const Problem& p) {
   const int64_t K = p.shape.choices;
   return {row_dims(p), p.tokens * ((2 + K) * row_bytes(p) + 8 * K)};
@@ -101,6 +107,32 @@ Work make_permute_forward(Setup& s) {
   const at::Tensor token_of = s.keep(order.choice_of.floor_divide(K));
   return {[p, stream = s.stream()] { kernels::permute_forward(p, stream); },
           composed_forward([=] { x.index_select(0, token_of); })};
+}
+
+Work make_permute_fp8_forward(Setup& s) {
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const int64_t G = (D + 127) / 128;
+  const Order order = make_order(s);
+  const at::Tensor x = s.keep(s.normal({T, D}).to(at::kFloat8_e4m3fn).view(at::kByte));
+  const at::Tensor scales = s.normal32({G, T});
+  const kernels::PermuteForward p{
+      .num_tokens = T,
+      .num_experts_per_token = static_cast<int32_t>(K),
+      .hidden = D,
+      .dtype = DType::kF8E4M3,
+      .x = x.const_data_ptr(),
+      .row_of = order.row_of.const_data_ptr<int32_t>(),
+      .y = s.empty({T * K, D}, at::kByte).mutable_data_ptr(),
+      .num_scales = static_cast<int32_t>(G),
+      .x_scales = scales.const_data_ptr<float>(),
+      .x_scale_stride = T,
+      .y_scales = s.empty({G, T * K}, at::kFloat).mutable_data_ptr<float>(),
+      .y_scale_stride = T * K};
+  const at::Tensor token_of = s.keep(order.choice_of.floor_divide(K));
+  return {[p, stream = s.stream()] { kernels::permute_forward(p, stream); }, composed_forward([=] {
+            x.index_select(0, token_of);
+            scales.index_select(1, token_of);
+          })};
 }
 
 /// Without weights combine is the gradient of permute.
@@ -179,6 +211,8 @@ constexpr Benchmark kBenchmarks[] = {
     {"make_permutation", "stable order by expert, counts and offsets", plan_make,
      make_permutation_case},
     {"permute_forward", "rows gathered into expert order", plan_permute, make_permute_forward},
+    {"permute_fp8_forward", "FP8 rows and their scales gathered into expert order",
+     plan_permute_fp8, make_permute_fp8_forward},
     {"permute_backward", "each token's K rows summed", plan_permute, make_permute_backward},
     {"combine_forward", "base + weighted sum of each token's K rows", plan_combine_forward,
      make_combine_forward},

@@ -26,6 +26,12 @@ Plan plan_query(const Problem& p) {
           2 * p.tokens * p.shape.heads * head * p.element() + table_bytes(p)};
 }
 
+Plan plan_query_in_place(const Problem& p) {
+  Plan plan = plan_query(p);
+  plan.bytes = 2 * p.tokens * p.shape.heads * p.shape.rope * p.element() + table_bytes(p);
+  return plan;
+}
+
 std::vector<std::pair<const char*, int64_t>> key_dims(const Problem& p) {
   return {{"T", p.tokens},     {"H", p.shape.heads},  {"N", p.shape.nope},
           {"R", p.shape.rope}, {"Vd", p.shape.value}, {"P", p.sequence()}};
@@ -104,6 +110,26 @@ Work make_query(Setup& s) {
                     {input}, {x})};
 }
 
+/// As the model calls it; LibTorch's way has a result of its own.
+Work make_query_in_place(Setup& s) {
+  const auto& shape = s.problem.shape;
+  const int64_t T = s.problem.tokens, H = shape.heads, N = shape.nope, head = N + shape.rope;
+  const Tables t = make_tables(s);
+  const at::Tensor x = s.normal({T, H, head});
+  const kernels::RopeQuery p{.num_tokens = T,
+                             .num_heads = H,
+                             .nope_dim = N,
+                             .table = t.ours,
+                             .inverse = false,
+                             .x_stride = H * head,
+                             .y_stride = H * head,
+                             .dtype = s.problem.dtype,
+                             .x = x.const_data_ptr(),
+                             .y = x.mutable_data_ptr()};
+  return {[p, stream = s.stream()] { kernels::rope_query(p, stream); },
+          composed_forward([=] { composed_query(x, t, N); })};
+}
+
 /// {k, v} of kv [T, H, N + Vd] and k_rope [T, R].
 std::vector<at::Tensor> composed_key(const at::Tensor& kv, const at::Tensor& k_rope,
                                      const Tables& t, int64_t N) {
@@ -168,6 +194,8 @@ Work make_key_backward(Setup& s) {
 constexpr Benchmark kBenchmarks[] = {
     {"rope_query_forward", "the rope part of every head of q rotated, the rest copied", plan_query,
      make_query<false>},
+    {"rope_query_in_place", "the rope part of every head of q rotated where it stands",
+     plan_query_in_place, make_query_in_place},
     {"rope_query_backward", "rotated back", plan_query, make_query<true>},
     {"rope_key_forward", "k = [nope | rotated shared key] for every head", plan_key_forward,
      make_key_forward},

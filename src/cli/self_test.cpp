@@ -77,6 +77,8 @@ at::Tensor SelfTestSetup::move(const at::Tensor& host) const {
 std::vector<SelfTestResult> run_self_tests(bool cuda) {
   std::vector<SelfTest> tests = layer_self_tests();
   for (const SelfTest& test : routing_self_tests()) tests.push_back(test);
+  for (const SelfTest& test : fp8_self_tests()) tests.push_back(test);
+  for (const SelfTest& test : training_self_tests()) tests.push_back(test);
   std::vector<at::Device> devices = {at::kCPU};
   if (cuda) devices.emplace_back(at::kCUDA, 0);
   std::vector<SelfTestResult> results;

@@ -49,7 +49,11 @@ struct SelfTest {
 
 /// norm, SwiGLU, rotary, embedding, products, attention, head and loss.
 std::vector<SelfTest> layer_self_tests();
-/// router, permutation, combination, balance loss.
+/// gate, router with its balance loss, permutation, combination.
 std::vector<SelfTest> routing_self_tests();
+/// FP8 tiles, what leaves in FP8, the paged latent cache.
+std::vector<SelfTest> fp8_self_tests();
+/// AdamW, the gradient norm, the loss in parts of a vocabulary.
+std::vector<SelfTest> training_self_tests();
 
 }  // namespace dsv3::cli

@@ -57,6 +57,32 @@ SelfTestPairs test_swiglu(SelfTestSetup& setup) {
   return {{got, expected}, {x_got.grad(), x_expected.grad()}};
 }
 
+SelfTestPairs test_weighted_swiglu(SelfTestSetup& setup) {
+  const at::Tensor x = setup.normal({kTokens, 2 * 72});
+  const at::Tensor w = setup.normal({kTokens}).to(at::kFloat).to(at::kDouble);
+  const at::Tensor x_got = setup.place(x), x_expected = leaf64(x), w_expected = leaf64(w);
+  const at::Tensor w_got = w.to(setup.device, at::kFloat).clone().requires_grad_(true);
+  const at::Tensor got = ops::weighted_swiglu(x_got, w_got).value;
+  const at::Tensor expected = ops::reference::swiglu(x_expected, w_expected);
+  backward_both(setup, got, expected, setup.normal({kTokens, 72}));
+  return {{got, expected}, {x_got.grad(), x_expected.grad()}, {w_got.grad(), w_expected.grad()}};
+}
+
+SelfTestPairs test_rms_norm_pair(SelfTestSetup& setup) {
+  const at::Tensor x = setup.normal({kTokens, 96}), w = setup.normal({2, 96});
+  const at::Tensor x_got = setup.place(x), x_expected = leaf64(x), w_expected = leaf64(w);
+  const ops::Weight first = weight_of(setup, w[0]), second = weight_of(setup, w[1]);
+  const auto both = ops::rms_norm_pair(x_got, first, second, 1e-6);
+  const at::Tensor got = at::cat({both.first.value, both.second.value}, 1);
+  const at::Tensor expected = at::cat({ops::reference::rms_norm(x_expected, w_expected[0], 1e-6),
+                                       ops::reference::rms_norm(x_expected, w_expected[1], 1e-6)},
+                                      1);
+  backward_both(setup, got, expected, setup.normal({kTokens, 2 * 96}));
+  return {{got, expected},
+          {x_got.grad(), x_expected.grad()},
+          {at::cat({first.grad, second.grad}), w_expected.grad().flatten()}};
+}
+
 /// cos and sin of `positions` positions, interleaved, for a rope part of `dim`; FP32 on the host.
 at::Tensor rotary_table(int64_t positions, int64_t dim) {
   at::Tensor table = at::zeros({positions, dim}, at::kFloat);
@@ -76,7 +102,8 @@ SelfTestPairs test_rope_query(SelfTestSetup& setup) {
   const at::Tensor q = setup.normal({kTokens, kHeads, kNope + kRope});
   const at::Tensor table = rotary_table(64, kRope), positions = setup.integers({kTokens}, 64);
   const at::Tensor q_got = setup.place(q), q_expected = leaf64(q);
-  const at::Tensor got = ops::rope_query(q_got, setup.move(table), setup.move(positions));
+  // In place on a copy, as the model does with a fresh product.
+  const at::Tensor got = ops::rope_query_(q_got.clone(), setup.move(table), setup.move(positions));
   const at::Tensor expected =
       at::cat({q_expected.narrow(-1, 0, kNope),
                ops::reference::rope(q_expected.narrow(-1, kNope, kRope), table, positions)},
@@ -193,7 +220,9 @@ SelfTestPairs test_head_cross_entropy(SelfTestSetup& setup) {
 
 std::vector<SelfTest> layer_self_tests() {
   return {{"rms_norm", test_rms_norm},
+          {"rms_norm_pair", test_rms_norm_pair},
           {"swiglu", test_swiglu},
+          {"weighted_swiglu", test_weighted_swiglu},
           {"rope_query", test_rope_query},
           {"rope_key_value", test_rope_key_value},
           {"embedding", test_embedding},

@@ -1,12 +1,17 @@
-// Self-tests of the router, its balance loss, and the way of the tokens to their experts and back.
+// Self-tests of the gate, the router with its balance loss, and the way of the tokens to their
+// experts and back.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+
 #include "cli/self_test.h"
+#include "ops/gate.h"
 #include "ops/permute.h"
 #include "ops/router.h"
 
 namespace dsv3::cli {
 namespace {
 
-constexpr int64_t kTokens = 37, kExperts = 16, kChoices = 3, kHidden = 40;
+constexpr int64_t kTokens = 38, kExperts = 16, kChoices = 3, kHidden = 40, kSequences = 2;
 
 at::Tensor leaf64(const at::Tensor& host) {
   return host.clone().requires_grad_(true);
@@ -22,28 +27,39 @@ SelfTestPairs test_route(SelfTestSetup& setup) {
   // Negative biases tell a group masked with -inf from one masked with zero.
   const at::Tensor bias = setup.normal({kExperts}).sub(1.0).to(at::kFloat);
   const at::Tensor logits_got = setup.place(logits), logits_expected = leaf64(logits);
-  const ops::Routing got = ops::route(logits_got, setup.move(bias), options);
+  const ops::Routing got = ops::route(logits_got, setup.move(bias), options, {kSequences, {}});
   const ops::Routing expected =
-      ops::reference::route(logits_expected, bias.to(at::kDouble), options);
+      ops::reference::route(logits_expected, bias.to(at::kDouble), options, {kSequences, {}});
   const at::Tensor upstream = setup.normal({kTokens, kChoices});
-  got.weights.backward(upstream.to(setup.device, at::kFloat));
-  expected.weights.backward(upstream);
+  const auto objective = [&](const ops::Routing& routing) {
+    return (routing.weights * upstream.to(routing.weights.options())).sum() + routing.balance_loss;
+  };
+  objective(got).backward();
+  objective(expected).backward();
   return {{got.experts, expected.experts},
           {got.weights, expected.weights},
           {got.scores, expected.scores},
+          {got.counts, expected.counts},
+          {got.balance_loss, expected.balance_loss},
           {logits_got.grad(), logits_expected.grad()}};
 }
 
-SelfTestPairs test_sequence_balance_loss(SelfTestSetup& setup) {
-  const at::Tensor scores =
-      setup.normal({kTokens, kExperts}).sigmoid().to(setup.dtype).to(at::kDouble);
-  const at::Tensor got_scores = setup.place(scores), expected_scores = leaf64(scores);
-  const at::Tensor got = ops::sequence_balance_loss(got_scores, {}, 1, kChoices);
-  const at::Tensor expected =
-      ops::reference::sequence_balance_loss(expected_scores, {}, 1, kChoices);
-  got.backward();
-  expected.backward();
-  return {{got, expected}, {got_scores.grad(), expected_scores.grad()}};
+/// x in `dtype`, the weight in FP32 as the router's is.
+SelfTestPairs test_gate(SelfTestSetup& setup) {
+  const at::Tensor x = setup.normal({kTokens, kHidden});
+  const at::Tensor weight = setup.normal({kExperts, kHidden}).to(at::kFloat);
+  const at::Tensor x_got = setup.place(x), x_expected = leaf64(x);
+  const auto weight_of = [](const at::Tensor& value) {
+    return ops::Weight{value.detach().clone().requires_grad_(true), at::zeros_like(value)};
+  };
+  const ops::Weight w_got = weight_of(setup.move(weight));
+  const ops::Weight w_expected = weight_of(weight.to(at::kDouble));
+  const at::Tensor got = ops::gate({x_got, {}}, w_got);
+  const at::Tensor expected = ops::gate({x_expected, {}}, w_expected);
+  const at::Tensor upstream = setup.normal({kTokens, kExperts});
+  got.backward(upstream.to(setup.device, at::kFloat));
+  expected.backward(upstream);
+  return {{got, expected}, {x_got.grad(), x_expected.grad()}, {w_got.grad, w_expected.grad}};
 }
 
 /// Tokens to experts in a fixed pattern that leaves some experts empty and repeats none within a
@@ -57,12 +73,16 @@ at::Tensor choices(SelfTestSetup& setup) {
 
 SelfTestPairs test_permutation(SelfTestSetup& setup) {
   const at::Tensor experts = choices(setup);
-  const ops::Permutation got = ops::make_permutation(setup.move(experts), kExperts);
-  const ops::Permutation expected = ops::reference::make_permutation(experts, kExperts);
-  return {{got.counts, expected.counts},
-          {got.offsets, expected.offsets},
-          {got.row_of, expected.row_of},
-          {got.choice_of, expected.choice_of}};
+  SelfTestPairs pairs;
+  for (const int64_t multiple : {1, 8}) {
+    const auto got = ops::make_permutation(setup.move(experts), kExperts, multiple);
+    const auto expected = ops::reference::make_permutation(experts, kExperts, multiple);
+    pairs.emplace_back(got.counts, expected.counts);
+    pairs.emplace_back(got.offsets, expected.offsets);
+    pairs.emplace_back(got.row_of, expected.row_of);
+    pairs.emplace_back(got.choice_of, expected.choice_of);
+  }
+  return pairs;
 }
 
 SelfTestPairs test_permute(SelfTestSetup& setup) {
@@ -103,7 +123,7 @@ SelfTestPairs test_combine(SelfTestSetup& setup) {
 
 std::vector<SelfTest> routing_self_tests() {
   return {{"route", test_route, true},
-          {"sequence_balance_loss", test_sequence_balance_loss, true},
+          {"gate", test_gate},
           {"make_permutation", test_permutation, true},
           {"permute", test_permute},
           {"combine", test_combine}};

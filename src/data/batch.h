@@ -6,6 +6,7 @@
 namespace dsv3 {
 
 inline constexpr int32_t kIgnoreLabelId = -100;
+inline constexpr int32_t kPaddingDocument = -1;
 
 /// Which sample of which source a sequence is; Loader::describe() tells its documents.
 struct SampleOrigin {
@@ -20,7 +21,9 @@ struct Batch {
   std::vector<int32_t> tokens;     // [B·S]
   std::vector<int32_t> labels;     // [B·S] the next token, or kIgnoreLabelId
   std::vector<int32_t> positions;  // [B·S] restart at each document when masking across documents
-  std::vector<int32_t> documents;  // [B·S] index of the document within its sequence
+  // [B·S] index of the document within its sequence; kPaddingDocument where the row holds no token
+  // of the data. A label may be ignored at a real token too: only this tells the two apart.
+  std::vector<int32_t> documents;
   std::vector<SampleOrigin> origins = {};  // [B]; empty: not known
 };
 

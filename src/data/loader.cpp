@@ -22,7 +22,7 @@ void append_padding(const Tokenizer& tokenizer, int64_t length, Batch& batch, in
     batch.tokens[at] = tokenizer.specials().pad;
     batch.labels[at] = kIgnoreLabelId;
     batch.positions[at] = static_cast<int32_t>(t);
-    batch.documents[at] = 0;
+    batch.documents[at] = kPaddingDocument;
   }
 }
 

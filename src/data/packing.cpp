@@ -230,7 +230,7 @@ void PackedStream::fill(int64_t index, Batch& batch, int64_t row) const {
     tokens[t] = tokenizer_.specials().pad;
     labels[t] = kIgnoreLabelId;
     positions[t] = static_cast<int32_t>(options_.mask_across_documents ? 0 : t);
-    documents[t] = document;
+    documents[t] = kPaddingDocument;
   }
   if (sequence_of(index) > 0) std::fill_n(labels, options_.overlap, kIgnoreLabelId);
 }

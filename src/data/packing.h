@@ -43,7 +43,7 @@ struct PackingOptions {
 /// labels, which the sequence before has counted.
 ///
 /// An EOD as an input is what the next document's first token is predicted from: it counts to that
-/// document. `documents` numbers the documents within a sequence from 0. With
+/// document. `documents` numbers the documents within a sequence from 0; padding has none. With
 /// mask_across_documents, positions restart at each document's leading EOD, so that no label
 /// depends on another document and none is lost. Without it, positions are 0 … S-1.
 ///

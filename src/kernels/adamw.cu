@@ -18,9 +18,10 @@ using detail::kVector;
 
 constexpr int kThreads = 256;
 
-template <typename W, typename G, typename M, bool kStochastic>
+template <typename Types>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(AdamW p, AdamWFactors f, int64_t vector_size) {
+  using G = typename Types::Gradient;
   const bool skip = p.skip != nullptr && *p.skip != 0;
   detail::take_corrections(p, f);
   const float gradient_scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
@@ -29,11 +30,11 @@ __global__ void __launch_bounds__(kThreads)
   const float zeros[kVector] = {};
   for (int64_t i = thread * kVector; i < vector_size; i += num_threads * kVector) {
     float w[kVector];
-    if (!skip) detail::update8<W, G, M, kStochastic>(p, f, gradient_scale, i, w);
+    if (!skip) detail::update8<Types>(p, f, gradient_scale, i, w);
     if (p.zero_gradients) detail::store8(static_cast<G*>(p.gradients) + i, zeros);
   }
   for (int64_t i = vector_size + thread; i < p.size; i += num_threads) {
-    if (!skip) detail::update1<W, G, M, kStochastic>(p, f, gradient_scale, i);
+    if (!skip) detail::update1<Types>(p, f, gradient_scale, i);
     if (p.zero_gradients) static_cast<G*>(p.gradients)[i] = detail::from_float<G>(0.0f);
   }
 }
@@ -49,11 +50,8 @@ void adamw(const AdamW& p, Stream stream) {
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
   const auto grid = static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
   const AdamWFactors factors = kernels::detail::adamw_factors(p);
-  detail::dispatch_adamw(p, [&](auto* weight, auto* gradient, auto* moment, auto stochastic) {
-    using W = std::remove_pointer_t<decltype(weight)>;
-    using G = std::remove_pointer_t<decltype(gradient)>;
-    using M = std::remove_pointer_t<decltype(moment)>;
-    adamw_kernel<W, G, M, stochastic.value>
+  detail::dispatch_adamw(p, [&](auto types) {
+    adamw_kernel<decltype(types)>
         <<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p, factors, vector_size);
   });
   detail::check_launch("adamw");

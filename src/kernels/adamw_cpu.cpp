@@ -36,6 +36,7 @@ constexpr int64_t kBlock = 2048;  // elements
 struct HostMath {
   DSV3_INLINE static float root(float x) { return std::sqrt(x); }
   DSV3_INLINE static float quotient(float a, float b) { return a / b; }
+  DSV3_INLINE static float sum(float a, float b, float c) { return a * b + c; }
 };
 
 /// Where a block's numbers stand; the types belong to the body.
@@ -133,19 +134,63 @@ DSV3_CLONES void round_nearest(const float* from, BFloat16* to, int64_t size) {
   convert(from, to, size);
 }
 
-/// Rounds elements begin … of the range up or down at random.
+constexpr int64_t kGroups = kBlock / 8 + 1;  // of eight elements, that a block touches
+
+/// rounding_words of `groups` ≤ kGroups groups from `first_group` on, one after the other: the
+/// rounds of Philox (kernels/detail/philox.h) group by group, so that they are vector code.
+DSV3_CLONES void philox_block(uint64_t key, uint64_t first_group, uint64_t counter_high,
+                              int64_t groups, uint32_t* __restrict words) {
+  alignas(64) uint32_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint64_t counter = first_group + static_cast<uint64_t>(g);
+    c0[g] = static_cast<uint32_t>(counter);
+    c1[g] = static_cast<uint32_t>(counter >> 32);
+    c2[g] = static_cast<uint32_t>(counter_high);
+    c3[g] = static_cast<uint32_t>(counter_high >> 32);
+  }
+  auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint64_t a = uint64_t{0xD2511F53u} * c0[g], b = uint64_t{0xCD9E8D57u} * c2[g];
+      c0[g] = static_cast<uint32_t>(b >> 32) ^ c1[g] ^ k0;
+      c1[g] = static_cast<uint32_t>(b);
+      c2[g] = static_cast<uint32_t>(a >> 32) ^ c3[g] ^ k1;
+      c3[g] = static_cast<uint32_t>(a);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    words[4 * g] = c0[g];
+    words[4 * g + 1] = c1[g];
+    words[4 * g + 2] = c2[g];
+    words[4 * g + 3] = c3[g];
+  }
+}
+
+/// `words` begin `offset` elements before from[0].
+DSV3_CLONES void round_with(const float* __restrict from, const uint32_t* words, int64_t offset,
+                            BFloat16* __restrict to, int64_t size) {
+  // Element e of a group takes half e of its words: in order, as a little-endian machine holds
+  // them (what a big-endian one would need, no machine of ours is).
+  static_assert(std::endian::native == std::endian::little);
+  uint16_t random[kBlock];
+  std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * offset,
+              static_cast<size_t>(2 * size));
+  for (int64_t i = 0; i < size; ++i) {
+    to[i].bits = static_cast<uint16_t>(
+        kernels::detail::round_at_random(std::bit_cast<uint32_t>(from[i]), random[i]));
+  }
+}
+
+/// Rounds elements begin … of the range, at most kBlock, up or down at random.
 void round_random(const AdamW& p, Rounded what, int64_t begin, const float* from, BFloat16* to,
                   int64_t size) {
-  for (int64_t i = 0; i < size;) {
-    const int64_t index = p.first_index + begin + i;
-    const auto words = kernels::detail::rounding_words(p, index, what);
-    const int64_t end = std::min(size, i + 8 - index % 8);
-    for (int64_t element = index % 8; i < end; ++i, ++element) {
-      const uint32_t random = kernels::detail::rounding_bits(words, static_cast<int>(element));
-      to[i].bits = static_cast<uint16_t>(
-          kernels::detail::round_at_random(std::bit_cast<uint32_t>(from[i]), random));
-    }
-  }
+  alignas(64) uint32_t words[4 * kGroups];
+  const int64_t index = p.first_index + begin, offset = index % 8;
+  philox_block(p.seed, static_cast<uint64_t>(index / 8), kernels::detail::rounding_counter(p, what),
+               (offset + size + 7) / 8, words);
+  round_with(from, words, offset, to, size);
 }
 
 /// One range, cut into blocks.

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/detail/adamw.cuh"
+#include "kernels/detail/e4m3.h"
 #include "kernels/detail/launch.cuh"
 
 namespace dsv3::kernels::cuda {
@@ -42,7 +43,7 @@ __device__ float block_max(float x) {
 
 /// Updates the tile and leaves its weights in `kept` [128, 128]; returns this thread's largest
 /// magnitude.
-template <typename W, typename G, typename M, bool kStochastic, bool kVectors>
+template <typename Types, bool kVectors>
 __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gradient_scale,
                              const Tile& tile, float* kept) {
   const int column = threadIdx.x % kColumnThreads * kVector;
@@ -54,13 +55,13 @@ __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gra
     if constexpr (kVectors) {
       if (column >= tile.columns) continue;
       float w[kVector];
-      detail::update8<W, G, M, kStochastic>(p.update, f, gradient_scale, i, w);
+      detail::update8<Types>(p.update, f, gradient_scale, i, w);
       detail::store8(to, w);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) top = fmaxf(top, fabsf(w[e]));
     } else {
       for (int e = 0; e < kVector && column + e < tile.columns; ++e) {
-        to[e] = detail::update1<W, G, M, kStochastic>(p.update, f, gradient_scale, i + e);
+        to[e] = detail::update1<Types>(p.update, f, gradient_scale, i + e);
         top = fmaxf(top, fabsf(to[e]));
       }
     }
@@ -69,7 +70,11 @@ __device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gra
 }
 
 __device__ __forceinline__ uint8_t code_of(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   return static_cast<uint8_t>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3));
+#else
+  return static_cast<uint8_t>(kernels::detail::e4m3_code(x));
+#endif
 }
 
 /// Writes the codes of what update_tile left; each thread reads only what it wrote itself.
@@ -106,7 +111,7 @@ __device__ void zero_gradients(const AdamWFp8& p, const Tile& tile) {
 }
 
 /// grid (blocks of columns, blocks of rows).
-template <typename W, typename G, typename M, bool kStochastic, bool kVectors>
+template <typename Types, bool kVectors>
 __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFactors f) {
   extern __shared__ __align__(16) float kept[];
   detail::take_corrections(p.update, f);
@@ -118,20 +123,14 @@ __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFa
   if (p.update.skip == nullptr || *p.update.skip == 0) {
     const float gradient_scale =
         p.update.gradient_scale != nullptr ? *p.update.gradient_scale : 1.0f;
-    const float mine =
-        update_tile<W, G, M, kStochastic, kVectors>(p, f, gradient_scale, tile, kept);
-    const float top = fmaxf(block_max(mine), p.min_amax);
-    float scale = __fdiv_rn(top, 448.0f), inverse = __fdiv_rn(448.0f, top);
-    if (p.power_of_two) {
-      scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
-      inverse = __fdiv_rn(1.0f, scale);
-    }
+    const float mine = update_tile<Types, kVectors>(p, f, gradient_scale, tile, kept);
+    const auto [scale, inverse] = kernels::detail::tile_scale(block_max(mine), p.rule);
     if (threadIdx.x == 0) p.scales[blockIdx.y * p.scale_stride + blockIdx.x] = scale;
     write_codes<kVectors>(p, tile, kept, inverse);
   }
   if (!p.update.zero_gradients) return;
   __syncthreads();  // another thread may still read what this one zeroes
-  zero_gradients<G>(p, tile);
+  zero_gradients<typename Types::Gradient>(p, tile);
 }
 
 void check_cuda(cudaError_t error) {
@@ -149,17 +148,13 @@ void adamw_fp8(const AdamWFp8& p, Stream stream) {
   const bool vectors = detail::adamw_aligned(p.update) && p.columns % kVector == 0 &&
                        reinterpret_cast<uintptr_t>(p.codes) % kVector == 0;
   const AdamWFactors factors = kernels::detail::adamw_factors(p.update);
-  detail::dispatch_adamw(
-      p.update, [&](auto* weight, auto* gradient, auto* moment, auto stochastic) {
-        using W = std::remove_pointer_t<decltype(weight)>;
-        using G = std::remove_pointer_t<decltype(gradient)>;
-        using M = std::remove_pointer_t<decltype(moment)>;
-        auto* const kernel = vectors ? adamw_fp8_kernel<W, G, M, stochastic.value, true>
-                                     : adamw_fp8_kernel<W, G, M, stochastic.value, false>;
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kSharedBytes));
-        kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(p, factors);
-      });
+  detail::dispatch_adamw(p.update, [&](auto types) {
+    using Types = decltype(types);
+    auto* const kernel = vectors ? adamw_fp8_kernel<Types, true> : adamw_fp8_kernel<Types, false>;
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(p, factors);
+  });
   detail::check_launch("adamw_fp8");
 }
 

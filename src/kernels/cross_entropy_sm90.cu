@@ -11,7 +11,9 @@
 //   3. waits for the other blocks' numbers of row k-1, sends its own of row k to them,
 //   4. overwrites row k-1 in shared memory by its gradient.
 // The numbers of row k have all of step k+1's first part to arrive: no block waits for another's
-// latency. Sums are joined in a fixed order: the same bits on every run.
+// latency. They are stored into the other blocks' shared memory asynchronously and counted there at
+// a barrier; a barrier of the whole cluster in each step would flush the memory pipeline. Sums are
+// joined in a fixed order: the same bits on every run.
 //
 // Bytes: T·V read, T·V written. Two exponentials an element take 59 % of the time in which an H200
 // moves it.
@@ -34,6 +36,19 @@ namespace ptx = detail::ptx;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMostStages = 8, kMostBlocks = 8;
+/// Rows whose messages are on their way or being read. Three would do: a block sends row k+1's when
+/// it has all of row k's; those of row k-2 are read by then, because every thread of a block has
+/// read them before the block's barrier of step k, and its messages of row k leave after that.
+constexpr int kSlots = 4;
+
+__device__ __forceinline__ void wait_loaded(uint64_t* barrier, uint32_t parity) {
+  while (!ptx::barrier_try_wait(barrier, parity)) {
+  }
+}
+__device__ __forceinline__ void wait_received(uint64_t* barrier, uint32_t parity) {
+  while (!ptx::barrier_try_wait_cluster(barrier, parity)) {
+  }
+}
 
 /// 16 bytes of logits.
 template <typename T>
@@ -187,6 +202,7 @@ __device__ void write_gradient(uint4* slice, int words, int64_t label, const Row
 }
 
 __device__ void write_zeros(uint4* slice, int words) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < words; i += kThreads) slice[i] = make_uint4(0, 0, 0, 0);
 }
 
@@ -201,21 +217,30 @@ struct Slices {
   int64_t stage_bytes;
   uint64_t* loaded;  // [stages] barriers
 
-  __device__ uint4* stage(int row) const {
-    return reinterpret_cast<uint4*>(buffers + row % stages * stage_bytes);
+  __device__ uint4* at(int stage) const {
+    return reinterpret_cast<uint4*>(buffers + stage * stage_bytes);
   }
-  __device__ void load(int row) const {
+  __device__ void load(int row, int stage) const {
     if (row >= num_rows) return;
-    ptx::barrier_expect(loaded + row % stages, bytes);
-    ptx::bulk_load(stage(row), first + row * row_stride, bytes, loaded + row % stages);
+    ptx::barrier_expect(loaded + stage, bytes);
+    ptx::bulk_load(at(stage), first + row * row_stride, bytes, loaded + stage);
   }
-  __device__ void wait_loaded(int row) const {
-    while (!ptx::barrier_try_wait(loaded + row % stages, row / stages % 2)) {
-    }
-  }
-  __device__ void store(int row) const {
-    ptx::bulk_store(first + row * row_stride, stage(row), bytes);
+  __device__ void store(int row, int stage) const {
+    ptx::bulk_store(first + row * row_stride, at(stage), bytes);
     ptx::bulk_commit();
+  }
+};
+
+/// The stages of the last four rows, and the parity of the barriers' phase for the newest.
+struct Ring {
+  int stage[4] = {-1, 0, 0, 0};  // of rows k, k-1, k-2, k-3
+  uint32_t parity = 1;
+
+  __device__ void advance(int stages) {
+#pragma unroll
+    for (int i = 3; i > 0; --i) stage[i] = stage[i - 1];
+    if (++stage[0] == stages) stage[0] = 0;
+    if (stage[0] == 0) parity ^= 1;
   }
 };
 
@@ -223,9 +248,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     cluster_kernel(CrossEntropy p, CrossEntropyPlan plan) {
   extern __shared__ __align__(128) unsigned char buffers[];
-  __shared__ uint64_t loaded[kMostStages];
+  __shared__ uint64_t loaded[kMostStages], received[kSlots];
   __shared__ Softmax parts[2][kWarps];
-  __shared__ __align__(16) uint4 messages[2][kMostBlocks];  // written by the other blocks too
+  __shared__ __align__(16) uint4 messages[kSlots][kMostBlocks];  // written by all blocks
   const int rank = static_cast<int>(ptx::cluster_rank());
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t clusters = gridDim.x / plan.blocks, cluster = blockIdx.x / plan.blocks;
@@ -244,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool copies = threadIdx.x == kThreads - kWarp;  // the thread that feeds the copy engine
   if (copies) {
     for (int i = 0; i < plan.stages; ++i) ptx::barrier_init(loaded + i, 1);
+    for (int i = 0; i < kSlots; ++i) ptx::barrier_init(received + i, 1);
     ptx::fence_barrier_init();
     ptx::fence_async_shared();
   }
@@ -252,55 +278,58 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_arrive();
   ptx::cluster_wait();
   if (copies) {
-    for (int row = 0; row < plan.stages; ++row) slices.load(row);
+    for (int row = 0; row < plan.stages; ++row) slices.load(row, row);
   }
   const float scale = *p.scale;
   const int num_rows = slices.num_rows;
   int label_before = kIgnoredLabel, label = kIgnoredLabel, label_next = p.labels[cluster];
+  Ring ring;
   for (int k = 0; k <= num_rows; ++k) {
+    ring.advance(plan.stages);
     label_before = label;
     label = label_next;
     if (k + 1 < num_rows) label_next = p.labels[cluster + (k + 1) * clusters];
     if (k < num_rows) {
-      slices.wait_loaded(k);
-      const Softmax part = scan_slice<T>(slices.stage(k), words, begin);
+      wait_loaded(loaded + ring.stage[0], ring.parity);
+      const Softmax part = scan_slice<T>(slices.at(ring.stage[0]), words, begin);
       if (lane == 0) parts[k % 2][warp] = part;
     }
     __syncthreads();  // `parts` of row k are there, and the gradient of row k-2
     if (copies && k >= 2) {
-      slices.store(k - 2);
+      slices.store(k - 2, ring.stage[2]);
       if (k >= 3) {
         ptx::bulk_wait_read<1>();
-        slices.load(k - 3 + plan.stages);
+        slices.load(k - 3 + plan.stages, ring.stage[3]);
       }
     }
     Row row{};
     if (k > 0) {
-      ptx::cluster_wait();
-      // Read before this thread's next arrival, behind which messages[(k - 1) % 2] is overwritten.
-      row = join_blocks(messages[(k - 1) % 2], plan.blocks);
+      wait_received(received + (k - 1) % kSlots, (k - 1) / kSlots % 2);
+      row = join_blocks(messages[(k - 1) % kSlots], plan.blocks);
     }
-    if (k < num_rows) {
-      if (warp == 0) {
-        const Softmax s = join_lanes(lane < kWarps ? parts[k % 2][lane] : detail::empty_softmax());
-        const int64_t local = label - begin;
-        const bool ours = label >= 0 && local >= 0 && local < count;
-        const auto* slice = reinterpret_cast<const T*>(slices.stage(k));
-        const float label_logit = ours ? detail::to_float(slice[local]) : -INFINITY;
-        if (lane < plan.blocks) {
-          const uint32_t own = ptx::shared_address(&messages[k % 2][rank]);
-          ptx::store_cluster(ptx::cluster_address(own, lane), message(s, label_logit));
-        }
+    if (k < num_rows && warp == 0) {
+      const Softmax s = join_lanes(lane < kWarps ? parts[k % 2][lane] : detail::empty_softmax());
+      const int64_t local = label - begin;
+      const bool ours = label >= 0 && local >= 0 && local < count;
+      const auto* slice = reinterpret_cast<const T*>(slices.at(ring.stage[0]));
+      const float label_logit = ours ? detail::to_float(slice[local]) : -INFINITY;
+      if (lane == 0) {
+        ptx::barrier_expect(received + k % kSlots, plan.blocks * static_cast<int>(sizeof(uint4)));
       }
-      ptx::cluster_arrive();
+      if (lane < plan.blocks) {
+        const uint32_t slot = ptx::shared_address(&messages[k % kSlots][rank]);
+        const uint32_t barrier = ptx::shared_address(received + k % kSlots);
+        ptx::store_cluster(ptx::cluster_address(slot, lane), message(s, label_logit),
+                           ptx::cluster_address(barrier, lane));
+      }
     }
     if (k == 0) continue;
     const int64_t token = cluster + (k - 1) * clusters;
     const bool valid = label_before >= 0 && label_before < p.vocab;
     if (valid) {
-      write_gradient<T>(slices.stage(k - 1), words, label_before - begin, row, scale);
+      write_gradient<T>(slices.at(ring.stage[1]), words, label_before - begin, row, scale);
     } else {
-      write_zeros(slices.stage(k - 1), words);
+      write_zeros(slices.at(ring.stage[1]), words);
     }
     ptx::fence_async_shared();
     if (rank == 0 && threadIdx.x == 0) {
@@ -311,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (copies) {
-    slices.store(num_rows - 1);
+    slices.store(num_rows - 1, ring.stage[1]);
     ptx::bulk_wait_all();
   }
 }

@@ -47,11 +47,14 @@ DSV3_NO_CUDA(latent_cache_write, LatentCacheWrite)
 // routing
 DSV3_NO_CUDA(route_forward, RouteForward)
 DSV3_NO_CUDA(route_backward, RouteBackward)
-DSV3_NO_CUDA(sequence_balance_forward, SequenceBalanceForward)
-DSV3_NO_CUDA(sequence_balance_backward, SequenceBalanceBackward)
+DSV3_NO_CUDA(split_bf16, SplitBf16)
 DSV3_NO_CUDA(make_permutation, MakePermutation)
 DSV3_NO_CUDA(permute_forward, PermuteForward)
 DSV3_NO_CUDA(combine_forward, CombineForward)
 DSV3_NO_CUDA(combine_backward, CombineBackward)
+
+// products
+DSV3_NO_CUDA(grouped_product, GroupedProduct)
+DSV3_NO_CUDA(grouped_weight_grad, GroupedWeightGrad)
 
 }  // namespace dsv3::kernels::cuda

@@ -4,6 +4,7 @@
 
 #include "base/dtype.h"
 #include "kernels/kernel.h"
+#include "kernels/quantize.h"
 
 namespace dsv3::kernels {
 
@@ -49,10 +50,9 @@ struct AdamW {
 };
 
 /// AdamW over a matrix [rows, columns] of a flat range, whose new weights (the master where there
-/// is one) are also written as E4M3 in 128×128 blocks: amax = max |w| of the block, at least
-/// min_amax; scale = amax / 448, with power_of_two rounded up to one; code = w / scale, to nearest
-/// even. A block of threads keeps a whole block of weights on chip between its update and its
-/// quantisation: memory is passed once.
+/// is one) are also written as E4M3 in 128×128 blocks, by the rules of kernels/quantize.h: the bits
+/// of adamw and quantize_blocks in turn. A block of threads keeps a whole block of weights on chip
+/// between its update and its quantisation: memory is passed once.
 struct AdamWFp8 {
   AdamW update;  // of rows · columns elements; `weights` may be null beside a master
   int64_t rows;
@@ -60,8 +60,7 @@ struct AdamWFp8 {
   uint8_t* codes;        // [rows, columns] contiguous
   float* scales;         // block (i, j) at i · scale_stride + j: value = code · scale
   int64_t scale_stride;  // ≥ ceil(columns / 128)
-  bool power_of_two = false;
-  float min_amax = 0x1p-100f;
+  ScaleRule rule;
 };
 
 /// result[0] = Σ x², in FP64, by partial sums in a fixed order: the same bits on every run.

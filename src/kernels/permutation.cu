@@ -6,6 +6,7 @@
 // each choice its row:
 //    first row + earlier chunks + earlier warps + earlier choices of the warp (matched lanes, in
 //    lane order).
+// Padding rows are shared out to the blocks by expert, the rows behind the last expert by turns.
 // Reads the choices three times (12 bytes each in all), writes 8 bytes a choice: a few microseconds
 // at T·K = 131072.
 
@@ -78,33 +79,54 @@ __global__ void scan_chunks_kernel(int32_t* chunk_counts, int num_chunks, int32_
   if (lane == 0) counts[blockIdx.x] = total;
 }
 
-/// One warp: first_row[e] = Σ counts[< e]; offsets (may be null) get the inclusive ends.
-__device__ void scan_experts(const int32_t* counts, int num_experts, int* first_row,
+/// One warp: first_row[e] = Σ counts[< e], each rounded up to `multiple`; first_row[E] is their
+/// sum; offsets (may be null) get the inclusive ends.
+__device__ void scan_experts(const int32_t* counts, int num_experts, int multiple, int* first_row,
                              int32_t* offsets) {
   const int lane = threadIdx.x;
   int total = 0;
   for (int first = 0; first < num_experts; first += kWarp) {
     const int expert = first + lane;
     const int count = expert < num_experts ? counts[expert] : 0;
-    const int end = total + warp_inclusive_sum(count, lane);
+    const int size = (count + multiple - 1) / multiple * multiple;
+    const int end = total + warp_inclusive_sum(size, lane);
     if (expert < num_experts) {
-      first_row[expert] = end - count;
+      first_row[expert] = end - size;
       if (offsets != nullptr) offsets[expert] = end;
     }
     total = __shfl_sync(kFullMask, end, kWarp - 1);
   }
+  if (lane == 0) first_row[num_experts] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) place_kernel(MakePermutation p, int num_choices) {
-  extern __shared__ int shared[];  // [kWarps][E] next rows, then [E] first rows
+/// choice_of = -1 for the block's share of the rows without a choice.
+__device__ void mark_padding(const MakePermutation& p, const int* first_row, int num_rows) {
+  for (int expert = blockIdx.x; expert < p.num_experts; expert += gridDim.x) {
+    const int begin = first_row[expert] + p.counts[expert];
+    for (int row = begin + threadIdx.x; row < first_row[expert + 1]; row += kThreads) {
+      p.choice_of[row] = -1;
+    }
+  }
+  const int step = kThreads * static_cast<int>(gridDim.x);
+  for (int64_t row = int64_t{first_row[p.num_experts]} + blockIdx.x * kThreads + threadIdx.x;
+       row < num_rows; row += step) {
+    p.choice_of[row] = -1;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(MakePermutation p, int num_choices, int num_rows) {
+  extern __shared__ int shared[];  // [kWarps][E] next rows, then [E + 1] first rows
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int* const next_row = shared;
   int* const first_row = shared + kWarps * p.num_experts;
   for (int i = threadIdx.x; i < kWarps * p.num_experts; i += kThreads) next_row[i] = 0;
   if (warp == 0) {
-    scan_experts(p.counts, p.num_experts, first_row, blockIdx.x == 0 ? p.offsets : nullptr);
+    scan_experts(p.counts, p.num_experts, p.row_multiple, first_row,
+                 blockIdx.x == 0 ? p.offsets : nullptr);
   }
   __syncthreads();
+  if (num_rows > num_choices) mark_padding(p, first_row, num_rows);
   count_chunk(p.experts, num_choices, p.num_experts, next_row);
   __syncthreads();
   for (int expert = threadIdx.x; expert < p.num_experts; expert += kThreads) {
@@ -151,8 +173,10 @@ void make_permutation(const MakePermutation& p, Stream stream) {
   scan_chunks_kernel<<<p.num_experts, kWarp, 0, cuda>>>(p.workspace, num_chunks, p.counts);
   // Without choices one block still writes the offsets.
   const int num_blocks = num_chunks > 0 ? num_chunks : 1;
-  const size_t shared = histogram + sizeof(int) * p.num_experts;
-  place_kernel<<<num_blocks, kThreads, shared, cuda>>>(p, num_choices);
+  const size_t shared = histogram + sizeof(int) * (p.num_experts + 1);
+  const auto num_rows =
+      static_cast<int>(permutation_rows(num_choices, p.num_experts, p.row_multiple));
+  place_kernel<<<num_blocks, kThreads, shared, cuda>>>(p, num_choices, num_rows);
   detail::check_launch("make_permutation");
 }
 

@@ -14,6 +14,11 @@ int64_t permutation_workspace(int64_t num_choices, int32_t num_experts) {
   return std::max<int64_t>(1, detail::permutation_chunks(num_choices)) * num_experts;
 }
 
+int64_t permutation_rows(int64_t num_choices, int32_t num_experts, int32_t row_multiple) {
+  const int64_t used = std::min<int64_t>(num_choices, num_experts);
+  return (num_choices + used * (row_multiple - 1)) / row_multiple * row_multiple;
+}
+
 namespace detail {
 
 void check_permutation_shape(const MakePermutation& p) {
@@ -25,6 +30,13 @@ void check_permutation_shape(const MakePermutation& p) {
       "[make_permutation] experts: expected [T, 1 to {}] with fewer than 2^31 - 1024 entries, got "
       "[{}, {}]",
       kMaxChoices, p.num_tokens, p.num_experts_per_token);
+  constexpr int64_t kMostRows = (int64_t{1} << 31) - kPermutationChunk;
+  require(p.row_multiple >= 1 && p.row_multiple < kMostRows &&
+              permutation_rows(p.num_tokens * p.num_experts_per_token, p.num_experts,
+                               p.row_multiple) < kMostRows,
+          "[make_permutation] row_multiple: expected at least 1 and fewer than 2^31 - 1024 rows "
+          "with padding, got {}",
+          p.row_multiple);
 }
 
 }  // namespace detail
@@ -45,9 +57,12 @@ void make_permutation(const MakePermutation& p) {
   int32_t end = 0;
   for (int32_t e = 0; e < p.num_experts; ++e) {
     next_row[e] = end;
-    end += p.counts[e];
+    end += (p.counts[e] + p.row_multiple - 1) / p.row_multiple * p.row_multiple;
     p.offsets[e] = end;
+    std::fill(p.choice_of + next_row[e] + p.counts[e], p.choice_of + end, -1);
   }
+  std::fill(p.choice_of + end,
+            p.choice_of + permutation_rows(num_choices, p.num_experts, p.row_multiple), -1);
   for (int64_t i = 0; i < num_choices; ++i) {
     const int32_t row = next_row[p.experts[i]]++;
     p.row_of[i] = row;

@@ -3,9 +3,20 @@
 
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/lanes.h"
+#include "kernels/detail/permutation.h"
 #include "kernels/routing.h"
 
-namespace dsv3::kernels::cpu {
+namespace dsv3::kernels {
+
+void detail::check_permute(const PermuteForward& p) {
+  require(p.dtype == DType::kF32 || p.dtype == DType::kBF16 || p.dtype == DType::kF8E4M3,
+          "[permute] dtype: expected fp32, bf16 or fp8_e4m3, got {}", name_of(p.dtype));
+  require(p.num_experts_per_token >= 1 && p.num_experts_per_token <= kMaxChoices,
+          "[permute] row_of: expected [T, 1 to {}], got [T, {}]", kMaxChoices,
+          p.num_experts_per_token);
+}
+
+namespace cpu {
 namespace {
 
 using namespace detail;
@@ -67,9 +78,35 @@ DSV3_CLONES void combine_backward_bf16(const CombineBackward& p, int64_t begin, 
   combine_backward_rows<BFloat16>(p, begin, end);
 }
 
+/// Scales follow their rows, times the weights; padding rows get 0.
+void permute_scales(const PermuteForward& p, int64_t num_rows) {
+  const int64_t num_choices = p.num_tokens * p.num_experts_per_token;
+  for (int64_t g = 0; g < p.num_scales; ++g) {
+    const float* const x = p.x_scales + g * p.x_scale_stride;
+    float* const y = p.y_scales + g * p.y_scale_stride;
+    if (num_rows > num_choices) std::fill_n(y, num_rows, 0.0f);
+    for (int64_t choice = 0; choice < num_choices; ++choice) {
+      const float weight = p.weights == nullptr ? 1.0f : p.weights[choice];
+      y[p.row_of[choice]] = x[choice / p.num_experts_per_token] * weight;
+    }
+  }
+}
+
+/// Zeros over the rows of `row_bytes` bytes that hold no choice.
+void clear_padding(void* rows, const int32_t* choice_of, int64_t num_rows, int64_t num_choices,
+                   int64_t row_bytes) {
+  if (num_rows <= num_choices) return;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (choice_of[row] < 0) {
+      std::memset(static_cast<char*>(rows) + row * row_bytes, 0, static_cast<size_t>(row_bytes));
+    }
+  }
+}
+
 }  // namespace
 
 void permute_forward(const PermuteForward& p) {
+  kernels::detail::check_permute(p);
   const int64_t row_bytes = p.hidden * size_of(p.dtype), num_choices = p.num_experts_per_token;
   const auto* x = static_cast<const char*>(p.x);
   auto* y = static_cast<char*>(p.y);
@@ -79,6 +116,8 @@ void permute_forward(const PermuteForward& p) {
                   static_cast<size_t>(row_bytes));
     }
   });
+  clear_padding(p.y, p.choice_of, p.num_rows, p.num_tokens * num_choices, row_bytes);
+  permute_scales(p, std::max(p.num_rows, p.num_tokens * num_choices));
 }
 
 void combine_forward(const CombineForward& p) {
@@ -91,8 +130,13 @@ void combine_forward(const CombineForward& p) {
 void combine_backward(const CombineBackward& p) {
   dispatch_float("combine_backward", p.dtype, [](auto*) {});
   const auto body = p.dtype == DType::kF32 ? combine_backward_f32 : combine_backward_bf16;
+  if (p.drows != nullptr) {
+    clear_padding(p.drows, p.choice_of, p.num_rows, p.num_tokens * p.num_experts_per_token,
+                  p.hidden * size_of(p.dtype));
+  }
   const int64_t bytes = 3 * p.num_experts_per_token * p.hidden * size_of(p.dtype);
   parallel_rows(p.num_tokens, bytes, [&](int64_t begin, int64_t end) { body(p, begin, end); });
 }
 
-}  // namespace dsv3::kernels::cpu
+}  // namespace cpu
+}  // namespace dsv3::kernels

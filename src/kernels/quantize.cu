@@ -64,8 +64,13 @@ __device__ __forceinline__ TileRows find_rows(const QuantizeTiles& p, int64_t ti
   return found;
 }
 
+/// Blocks of a multiprocessor: without a bound the compiler keeps every number widened, three times
+/// the registers.
+template <typename T>
+inline constexpr int kBlocks = std::is_same_v<T, float> ? 2 : 3;
+
 template <typename T, bool kVec, bool kColumns>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     tiles_kernel(QuantizeTiles p, unsigned across, int64_t padded) {
   const int64_t tile = blockIdx.x / across;
   const TileRows rows = find_rows(p, tile);
@@ -100,7 +105,8 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads) blocks_kernel(QuantizeBlocks p, unsigned across) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
+    blocks_kernel(QuantizeBlocks p, unsigned across) {
   __shared__ float shared[detail::kTileWarps];
   const int64_t row0 = int64_t{blockIdx.x / across} * kTile;
   const TilePlace place{

@@ -2,6 +2,7 @@
 // level and written in the forms that are wanted.
 #include "kernels/quantize.h"
 
+#include "kernels/detail/e4m3.h"
 #include "kernels/detail/fp8_cpu.h"
 
 namespace dsv3::kernels {
@@ -64,7 +65,9 @@ DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end) 
     const int64_t down = i / across, column = i % across * kFp8Tile;
     const auto [source, valid] = locate(p, down);
     const int64_t columns = std::min(kFp8Tile, p.width - column);
-    for (int64_t r = 0; r < kFp8Tile; ++r) {
+    // Rows that do not exist matter only where they leave as zeros.
+    const int64_t needed = grouped || p.columns.data != nullptr ? kFp8Tile : valid;
+    for (int64_t r = 0; r < needed; ++r) {
       const int64_t filled = r < valid ? columns : 0;
       if (filled > 0) {
         load_row(p, static_cast<const T*>(nullptr), source + r, column, filled, tile[r]);
@@ -100,18 +103,13 @@ DSV3_INLINE void blocks_body(const QuantizeBlocks& p, int64_t begin, int64_t end
     const int64_t row = i / across * kFp8Tile, column = i % across * kFp8Tile;
     const int64_t rows = std::min(kFp8Tile, p.num_rows - row);
     const int64_t columns = std::min(kFp8Tile, p.width - column);
-    float amax = 0.0f;
     for (int64_t r = 0; r < rows; ++r) {
       const T* __restrict x = static_cast<const T*>(p.x) + (row + r) * p.x_stride + column;
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c) tile[r][c] = detail::load(&x[c]);
-      amax = std::max(amax, detail::amax_row(tile[r], columns));
     }
-    const auto scale = kernels::detail::tile_scale(amax, p.rule);
-    p.scales[row / kFp8Tile * p.scale_stride + column / kFp8Tile] = scale.scale;
-    for (int64_t r = 0; r < rows; ++r) {
-      detail::encode_row(tile[r], columns, scale.inverse, p.data + (row + r) * p.width + column);
-    }
+    p.scales[row / kFp8Tile * p.scale_stride + column / kFp8Tile] =
+        detail::encode_block(tile, rows, columns, p.rule, p.data + row * p.width + column, p.width);
   }
 }
 

@@ -68,6 +68,10 @@ struct RowPart {
 #pragma unroll
     for (int i = 0; i < kBackwardVectors; ++i) part[i].clear();
   }
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < kBackwardVectors; ++i) part[i].forget();
+  }
   template <int kGroup>
   __device__ __forceinline__ void load(const void* row, int64_t vectors, bool once) {
 #pragma unroll
@@ -101,13 +105,6 @@ __global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup
   constexpr int kRows = kGroupBlock<kGroup> / kGroup;
   const int64_t vectors = p.hidden / kVector;
   float dw[kBackwardVectors][kVector] = {}, dw2[kSecond ? kBackwardVectors : 1][kVector] = {};
-  RowPart<T> w, w2;
-  w.clear();
-  w.template load<kGroup>(p.weight, vectors, false);
-  if constexpr (kSecond) {
-    w2.clear();
-    w2.template load<kGroup>(p.second_weight, vectors, false);
-  }
   int turn = 0;
   // Whole blocks go round together: group_sum is a barrier.
   for (int64_t first = int64_t{blockIdx.x} * kRows; first < p.num_tokens;
@@ -115,13 +112,15 @@ __global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup
     const int64_t row = first + threadIdx.x / kGroup;
     const bool active = row < p.num_tokens;
     const int64_t mine = active ? vectors : 0;
-    RowPart<T> x, g, g2, sum;
-    x.clear(), g.clear(), sum.clear();
+    RowPart<T> x, g, g2, sum, w, w2;
+    x.clear(), g.clear(), sum.clear(), w.clear();
     x.template load<kGroup>(row_of<T>(p.x, row, p.x_stride), mine, true);
     g.template load<kGroup>(row_of<T>(p.dy, row, p.hidden), mine, true);
+    w.template load<kGroup>(p.weight, vectors, false);
     if constexpr (kSecond) {
-      g2.clear();
+      g2.clear(), w2.clear();
       g2.template load<kGroup>(row_of<T>(p.second_dy, row, p.hidden), mine, true);
+      w2.template load<kGroup>(p.second_weight, vectors, false);
     }
     if (p.dsum != nullptr) {
       sum.template load<kGroup>(row_of<T>(p.dsum, row, p.hidden), mine, true);
@@ -144,6 +143,7 @@ __global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup
     }
     dot = detail::group_sum<kGroup>(dot, shared[turn]);
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
+    x.forget(), g.forget(), w.forget();
 #pragma unroll
     for (int i = 0; i < kBackwardVectors; ++i) {
       const int64_t c = threadIdx.x % kGroup + i * kGroup;

@@ -6,6 +6,7 @@
 
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/fp8_cpu.h"
+#include "kernels/detail/lanes.h"
 #include "kernels/detail/streaming.h"
 #include "kernels/elementwise.h"
 
@@ -58,19 +59,19 @@ template <typename T>
 DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __restrict x,
                               float inv_rms) {
   const T* __restrict weight = static_cast<const T*>(p.weight);
-  for (int64_t first = 0; first < p.hidden; first += kFp8Tile) {
-    const int64_t size = std::min(kFp8Tile, p.hidden - first);
-    float tile[kFp8Tile];
+  for (int64_t first = 0; first < p.hidden; first += detail::kStaged) {
+    const int64_t size = std::min(detail::kStaged, p.hidden - first);
+    alignas(64) float part[detail::kStaged];
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) {
       T rounded;
       detail::store(&rounded,
                     detail::load(&x[first + d]) * (inv_rms * detail::load(&weight[first + d])));
-      tile[d] = detail::load(&rounded);
+      part[d] = detail::load(&rounded);
     }
-    const auto scale = kernels::detail::tile_scale(detail::amax_row(tile, size), p.rule);
-    p.quantized.scales[first / kFp8Tile * p.quantized.scale_stride + t] = scale.scale;
-    detail::encode_row(tile, size, scale.inverse, p.quantized.data + t * p.hidden + first);
+    float* scales = p.quantized.scales + first / kFp8Tile * p.quantized.scale_stride + t;
+    detail::encode_row_tiles(part, size, p.rule, p.quantized.data + t * p.hidden + first, scales,
+                             p.quantized.scale_stride);
   }
 }
 

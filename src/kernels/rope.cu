@@ -3,8 +3,9 @@
 // A row is one head of one token. Threads stand along its dims, 8 elements (4 pairs) each, so a
 // thread copies or rotates and never divides for its column; a block takes 4 · blockDim.y rows, and
 // each thread has the loads of its 4 rows in flight before the first is used. Nothing is shared
-// between threads: the angles, and the key that all heads share, are read again from the first
-// cache. Bytes in BF16: query 4·T·H·(N + R), in place 4·T·H·R, key 2·T·H·(2N + R). Memory bound.
+// between threads: the angles, and the key that all heads share, are read again from the caches,
+// and arrive before the rows do. Bytes in BF16: query 4·T·H·(N + R), in place 4·T·H·R, key
+// 2·T·H·(2N + R). Memory bound.
 //
 // Dims that are not multiples of 8 and unaligned pointers go an element or pair at a time.
 
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) assemble_kernel(Assembly<T> p) {
   const auto first_head = static_cast<unsigned>(first - first_token * p.num_heads);
   detail::Words8<T> unit[kRows];
   int64_t token[kRows];
-  int head[kRows];
+  int head[kRows], position[kRows] = {};
   bool valid[kRows];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
@@ -63,13 +64,20 @@ __global__ void __launch_bounds__(kThreads) assemble_kernel(Assembly<T> p) {
     token[j] = first_token + at / heads;
     head[j] = static_cast<int>(at % heads);
     if (valid[j]) unit[j].load(from.data + token[j] * from.token + head[j] * from.head + column);
+    if (rotates && valid[j]) position[j] = p.table.positions[token[j]];
   }
   if (rotates) {
+    const float* const angles = p.table.cos_sin + column;
+    float cs[kVector];
+    detail::load8(angles + position[0] * p.table.rope_dim, cs);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       if (!valid[j]) continue;
-      float v[kVector], cs[kVector];
-      detail::load8(p.table.cos_sin + p.table.positions[token[j]] * p.table.rope_dim + column, cs);
+      // Mostly the same token, and always when there are many heads.
+      if (j > 0 && position[j] != position[j - 1]) {
+        detail::load8(angles + position[j] * p.table.rope_dim, cs);
+      }
+      float v[kVector];
       detail::unpack(unit[j], v);
       detail::rotate<kVector>(v, cs, p.sign);
       detail::pack(v, unit[j]);

@@ -1,8 +1,9 @@
 // SwiGLU on the host: threads over rows (128×128 tiles where FP8 is wanted), a vector exponential
-// inside. Large results are written past the caches. Products are not joined with additions
-// (-ffp-contract=off), so that both ways have the same bits.
+// inside. Large results are written past the caches. Both ways have the same
+// bits, because they share the functions of one number.
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/fp8_cpu.h"
+#include "kernels/detail/lanes.h"
 #include "kernels/detail/streaming.h"
 #include "kernels/elementwise.h"
 
@@ -17,15 +18,37 @@ namespace {
 
 using detail::Fp8TileRow;
 
+/// 1 + e^-x to about 1 ulp, infinity below x = -88 (where silu is under 1e-36): exp_fast without
+/// what the addition of 1 makes needless. NaN may become any number: x is multiplied in afterwards.
+DSV3_INLINE float one_plus_exp(float x) {
+  const float y = -x < -86.0f ? -86.0f : -x;
+  const float clamped = y > 88.0f ? 88.0f : y;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // an integer n in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.98412698e-4f;
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // p is in [0.7, 1.5] and n in [-124, 127]: n goes straight into the exponent.
+  const float e =
+      std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+  return y > 88.0f ? __builtin_inff() : 1.0f + e;
+}
+
 DSV3_INLINE float value(float gate, float up, float weight) {
-  return gate / (1.0f + detail::exp_fast(-gate)) * up * weight;
+  return gate / one_plus_exp(gate) * up * weight;
 }
 
 struct Gradients {
   float gate, up, share;  // share: of the row weight's gradient
 };
 DSV3_INLINE Gradients gradients(float g, float u, float dy, float weight) {
-  const float sigmoid = 1.0f / (1.0f + detail::exp_fast(-g));
+  const float sigmoid = 1.0f / one_plus_exp(g);
   const float silu = g * sigmoid, d = dy * weight;
   return {d * u * (sigmoid + silu * (1.0f - sigmoid)), d * silu, silu * u * dy};
 }
@@ -84,11 +107,14 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
     const T* dy = static_cast<const T*>(p.dy) + t * I;
     T* dgate = static_cast<T*>(p.dgate_up) + t * 2 * I;
     const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
-    if (p.drow_weight != nullptr) p.drow_weight[t] = share_of(gate, gate + I, dy, I);
+    float share = 0.0f;
     // Note: dgate may be gate. Both halves of a part are read before either is written.
     for (int64_t first = 0; first < I; first += detail::kStaged) {
       const int64_t size = std::min(detail::kStaged, I - first);
       alignas(64) T staged[2][detail::kStaged];
+      if (p.drow_weight != nullptr) {
+        share += share_of(gate + first, gate + I + first, dy + first, size);
+      }
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) {
         const Gradients d =
@@ -107,6 +133,7 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
         }
       }
     }
+    if (p.drow_weight != nullptr) p.drow_weight[t] = share;
   }
   detail::stream_fence();
 }

@@ -22,7 +22,8 @@ struct ForwardContext {
   int64_t sequence_length = 1;  // S; T = B·S
   at::Tensor positions;         // [T] int32
   at::Tensor documents;         // [T] int32 or undefined (no masking across documents)
-  at::Tensor cos_sin;           // [P, R] FP32 (see ops/rope.h), from rope_table()
+  at::Tensor valid;    // [T] bool: tokens that count in routing statistics; undefined = all
+  at::Tensor cos_sin;  // [P, R] FP32 (see ops/rope.h), from rope_table()
   Recompute recompute = Recompute::kNone;
   LatentCache* cache =
       nullptr;  // generation only: latents of earlier tokens are read from and appended here

@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
@@ -68,6 +69,19 @@ at::Tensor Model::mtp_labels(const TokenBatch& batch, int64_t depth) {
   return at::where(later.eq(batch.documents), labels, at::full_like(labels, ops::kIgnoreLabel));
 }
 
+at::Tensor Model::mtp_valid(const TokenBatch& batch, int64_t depth) {
+  const ops::NoRecord guard;
+  const int64_t shift = depth + 1;
+  const at::Tensor valid =
+      batch.valid.defined()
+          ? batch.valid
+          : at::ones({batch.tokens.size(0)}, batch.tokens.options().dtype(at::kBool));
+  const at::Tensor shifted = shift_left(valid, batch.num_sequences, shift, 0);
+  if (!batch.documents.defined()) return shifted;
+  const at::Tensor later = shift_left(batch.documents, batch.num_sequences, shift, -1);
+  return shifted.logical_and(later.eq(batch.documents));
+}
+
 ForwardContext Model::make_context(const TokenBatch& batch, Recompute recompute,
                                    LatentCache* cache) const {
   const int64_t tokens = batch.num_sequences * batch.sequence_length;
@@ -84,6 +98,7 @@ ForwardContext Model::make_context(const TokenBatch& batch, Recompute recompute,
   context.sequence_length = batch.sequence_length;
   context.positions = batch.positions;
   context.documents = batch.documents;
+  context.valid = batch.valid;
   context.cos_sin = cos_sin_;
   context.recompute = recompute;
   context.cache = cache;
@@ -164,8 +179,10 @@ LossOutput Model::loss(const TokenBatch& batch, const LossScales& scales,
                      .value,
                  ops::rms_norm(previous, module.hidden_norm->weight, config_.rms_norm_eps).value},
                 1);
+    ForwardContext shifted = context;
+    shifted.valid = mtp_valid(batch, static_cast<int64_t>(depth));
     auto [y, statistics] =
-        run_block(module.block, ops::linear(joined, module.projection->weight), context);
+        run_block(module.block, ops::linear(joined, module.projection->weight), shifted);
     if (module.block.is_moe) add_statistics(statistics, counts, balance);
     hidden = ops::rms_norm(y, module.final_norm->weight, config_.rms_norm_eps).value;
     const ops::HeadLoss loss = ops::head_cross_entropy(

@@ -40,8 +40,9 @@ struct TokenBatch {
   at::Tensor tokens;            // [B·S] int32
   at::Tensor
       labels;  // [B·S] int32, the next token or ops::kIgnoreLabel; may be undefined for logits
-  at::Tensor positions;  // [B·S] int32
-  at::Tensor documents;  // [B·S] int32, or undefined: no masking across documents
+  at::Tensor positions;   // [B·S] int32
+  at::Tensor documents;   // [B·S] int32, or undefined: no masking across documents
+  at::Tensor valid = {};  // [B·S] bool: false for padding; undefined = every token is real
 };
 
 /// Scalars (FP32, on the device) that turn this micro-batch's sums into its share of the step's
@@ -60,7 +61,9 @@ struct LossOutput {
   std::vector<at::Tensor> mtp_correct;
   at::Tensor balance_sum;  // scalar FP32, detached: sequence-wise balance loss summed over layers;
                            // may be undefined
-  at::Tensor expert_counts;  // [num_moe_layers (MTP's last), E] int32; undefined without MoE layers
+  // [num_moe_layers (MTP's last), E] int32: valid tokens per expert (padding and the places of a
+  // depth that have no token there are none); undefined without MoE layers.
+  at::Tensor expert_counts;
 };
 
 /// The whole DeepSeek-V3 model (technical report §2) as declared parameters and their forward.
@@ -94,6 +97,10 @@ class Model {
   /// sequence (and document, when masking); kIgnoreLabel in the tail. For counting valid tokens
   /// too.
   static at::Tensor mtp_labels(const TokenBatch& batch, int64_t depth);
+  /// [B·S] bool: the places of MTP depth k (0-based) that hold a token: i + k + 1 is in the same
+  /// sequence (and document, when masking) and no padding. A place may be valid and its label
+  /// ignored.
+  static at::Tensor mtp_valid(const TokenBatch& batch, int64_t depth);
 
  private:
   std::pair<at::Tensor, MoeStatistics> run_block(const Block& block, const at::Tensor& x,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "base/tensor_fwd.h"
 
 namespace dsv3 {
@@ -10,6 +12,10 @@ namespace dsv3 {
 /// scalar int32 on the device, or undefined: anything but 0 leaves the bias as it is, bit by bit.
 void update_router_bias(at::Tensor& bias, const at::Tensor& load, double update_rate,
                         const at::Tensor& skip);
+
+/// How many of the `valid` tokens chose each expert: [E] int32 on their device. experts [T, K]
+/// int32 in [0, E), valid [T] bool. Nothing waits for the device.
+at::Tensor count_tokens(const at::Tensor& experts, const at::Tensor& valid, int64_t num_experts);
 
 /// max_i load_i / mean(load) - 1 (MaxVio, arXiv:2408.15664 §3); 0 when nothing was routed. Scalar
 /// tensor.

@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 
+#include "moe/balance.h"
 #include "ops/checkpoint.h"
+#include "ops/gate.h"
 #include "ops/linear.h"
 #include "ops/permute.h"
 #include "ops/router.h"
@@ -50,12 +52,11 @@ ops::RouterOptions router_options(const MoeConfig& moe) {
           .scale = moe.routed_scaling_factor};
 }
 
-/// The gate's product in FP32 (NUMERICS trap 5). The FP32 copy of x is made again in backward, not
-/// kept.
-at::Tensor router_logits(const ops::Remakable& x, const ops::Weight& gate) {
-  const auto wide = gate.value.scalar_type();
-  const auto source = x.remake ? x.remake : [value = x.value.detach()] { return value; };
-  return ops::linear({x.value.to(wide), [source, wide] { return source().to(wide); }}, gate);
+/// What the router tells of this forward: the balance loss only where it is wanted.
+ops::SequenceBalance balance_of(const MoeConfig& moe, const ForwardContext& context,
+                                const MoeStatistics* statistics) {
+  const bool wanted = statistics != nullptr && moe.sequence_loss_alpha > 0;
+  return {.num_sequences = wanted ? context.num_sequences : 0, .valid = context.valid};
 }
 
 }  // namespace
@@ -99,9 +100,9 @@ at::Tensor Moe::forward(const ops::Remakable& input, const ForwardContext& conte
   const MoeConfig& moe = config->moe;
   const ops::Remakable x = context.keep_or_remake(input);
 
-  const at::Tensor logits = router_logits(x, gate->weight);
   const ops::Routing routing = ops::route(
-      logits, gate_bias != nullptr ? gate_bias->value() : at::Tensor(), router_options(moe));
+      ops::gate(x, gate->weight), gate_bias != nullptr ? gate_bias->value() : at::Tensor(),
+      router_options(moe), balance_of(moe, context, statistics));
   const ops::Permutation permutation = ops::make_permutation(routing.experts, moe.num_experts);
 
   ops::Remakable rows{ops::permute(x.value, permutation), {}};
@@ -117,11 +118,12 @@ at::Tensor Moe::forward(const ops::Remakable& input, const ForwardContext& conte
   at::Tensor y = ops::combine(outputs, routing.weights, permutation, base);
 
   if (statistics != nullptr) {
-    if (!ops::recomputing()) statistics->counts = permutation.counts;
-    if (moe.sequence_loss_alpha > 0) {
-      statistics->balance_loss = ops::sequence_balance_loss(
-          routing.scores, at::Tensor(), context.num_sequences, moe.num_experts_per_token);
+    if (!ops::recomputing()) {
+      statistics->counts = context.valid.defined()
+                               ? count_tokens(routing.experts, context.valid, moe.num_experts)
+                               : routing.counts;
     }
+    statistics->balance_loss = routing.balance_loss;
   }
   return y;
 }

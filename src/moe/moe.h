@@ -19,7 +19,7 @@ struct Mlp {
 
 /// What a MoE layer tells about one forward, all on the device.
 struct MoeStatistics {
-  at::Tensor counts;        // [E] int32, tokens per expert of this forward
+  at::Tensor counts;        // [E] int32, valid tokens per expert of this forward
   at::Tensor balance_loss;  // scalar FP32 (sum over sequences), undefined when α is 0
 };
 
@@ -34,7 +34,8 @@ struct Moe {
 
   static Moe declare(ParameterSet& parameters, const ModelConfig& config, int64_t layer,
                      const std::string& prefix);
-  /// x [T, D] normalised → [T, D]; `statistics` (may be null) receives loads and the balance loss.
+  /// x [T, D] normalised → [T, D]; `statistics` (may be null) receives loads and the balance loss,
+  /// in which only the context's valid tokens count (NUMERICS traps 6, 7).
   at::Tensor forward(const ops::Remakable& x, const ForwardContext& context,
                      MoeStatistics* statistics) const;
 };

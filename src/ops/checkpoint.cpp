@@ -52,8 +52,10 @@ Tensors checkpoint(const std::function<Tensors(const at::Tensor&)>& fn, const at
       root_grads.push_back(grad);
     }
     if (roots.empty()) return {at::Tensor()};
-    return torch::autograd::grad(roots, {input}, root_grads, /*retain_graph=*/false,
-                                 /*create_graph=*/false, /*allow_unused=*/true);
+    // Note: not autograd::grad for x alone, which would leave out whatever does not lie on a way to
+    // x, and with it the weights of operators that LibTorch differentiates (float64).
+    torch::autograd::backward(roots, root_grads);
+    return {input.grad()};
   });
   return results;
 }

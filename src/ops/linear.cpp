@@ -5,7 +5,9 @@
 #include <ATen/ops/mm.h>
 
 #include "base/error.h"
+#include "kernels/products.h"
 #include "ops/autograd.h"
+#include "ops/dispatch.h"
 #include "ops/range.h"
 #include "ops/weight_grad.h"
 
@@ -20,14 +22,34 @@ void check_linear(const char* name, const at::Tensor& x, const at::Tensor& weigh
           c10::toString(x.scalar_type()), c10::toString(weight.scalar_type()));
 }
 
-/// One product per expert; `weights` [E, K, N]. On CUDA in BF16 one grouped kernel reads the
-/// offsets there.
+/// One kernel for all experts; the offsets are read on the device.
+at::Tensor grouped_product_cuda(const at::Tensor& x, const at::Tensor& weights,
+                                const at::Tensor& offsets) {
+  const int64_t in_size = x.size(1), out_size = weights.size(2);
+  if (has_grouped_mm(x, in_size, out_size)) return at::_grouped_mm(x, weights, offsets);
+  at::Tensor y = at::empty({x.size(0), out_size}, x.options());
+  kernels::cuda::grouped_product({.num_rows = x.size(0),
+                                  .num_experts = static_cast<int32_t>(weights.size(0)),
+                                  .in_size = in_size,
+                                  .out_size = out_size,
+                                  .dtype = dtype_of(x, "grouped_linear", "x"),
+                                  .x = x.const_data_ptr(),
+                                  .w = weights.const_data_ptr(),
+                                  .w_expert_stride = weights.stride(0),
+                                  .w_in_stride = weights.stride(1),
+                                  .w_out_stride = weights.stride(2),
+                                  .offsets = offsets.const_data_ptr<int32_t>(),
+                                  .y = y.mutable_data_ptr()},
+                                 stream_of(x));
+  return y;
+}
+
+/// One product per expert; `weights` [E, K, N].
 at::Tensor grouped_product(const at::Tensor& x, const at::Tensor& weights,
                            const at::Tensor& offsets) {
-  if (x.is_cuda() && x.scalar_type() == at::kBFloat16) return at::_grouped_mm(x, weights, offsets);
+  if (x.is_cuda()) return grouped_product_cuda(x.contiguous(), weights, offsets);
   at::Tensor y = at::empty({x.size(0), weights.size(2)}, x.options());
-  const at::Tensor ends = offsets.cpu();
-  const auto* end = ends.const_data_ptr<int32_t>();
+  const auto* end = offsets.const_data_ptr<int32_t>();
   int64_t begin = 0;
   for (int64_t expert = 0; expert < weights.size(0); begin = end[expert++]) {
     const int64_t rows = end[expert] - begin;
@@ -35,7 +57,6 @@ at::Tensor grouped_product(const at::Tensor& x, const at::Tensor& weights,
     at::Tensor out = y.narrow(0, begin, rows);
     at::mm_out(out, x.narrow(0, begin, rows), weights.select(0, expert));
   }
-  if (begin < x.size(0)) y.narrow(0, begin, x.size(0) - begin).zero_();
   return y;
 }
 
@@ -71,9 +92,11 @@ at::Tensor linear(const at::Tensor& x, const Weight& weight) {
 at::Tensor grouped_linear(const Remakable& x, const Weight& weight, const at::Tensor& offsets) {
   const Range range("grouped_linear");
   check_linear("grouped_linear", x.value, weight.value);
-  require(offsets.dim() == 1 && offsets.size(0) == weight.value.size(0),
-          "[grouped_linear] offsets: expected [{}] (= experts), got [{}]", weight.value.size(0),
-          offsets.numel());
+  require(weight.value.dim() == 3, "[grouped_linear] weight: expected [E, N, K], got {} dims",
+          weight.value.dim());
+  check_shape(offsets, "grouped_linear", "offsets", {weight.value.size(0)});
+  check_int32(offsets, "grouped_linear", "offsets", x.value);
+  require(offsets.is_contiguous(), "[grouped_linear] offsets: expected a contiguous tensor");
   at::Tensor y;
   {
     const NoRecord guard;

@@ -12,6 +12,8 @@
 namespace dsv3::ops {
 namespace {
 
+constexpr int64_t kMaxRowMultiple = 4096;
+
 int32_t choices_of(const Permutation& permutation) {
   return static_cast<int32_t>(permutation.row_of.size(1));
 }
@@ -47,15 +49,48 @@ Tensors combine_gradient(const at::Tensor& dy, const at::Tensor& rows, const at:
       {.num_tokens = dy.size(0),
        .num_experts_per_token = choices_of(permutation),
        .hidden = dy.size(1),
+       .num_rows = permutation.choice_of.size(0),
        .dtype = dtype_of(dy, "combine", "dy"),
        .dy = dy.const_data_ptr(),
        .rows = rows.const_data_ptr(),
        .weights = weights.const_data_ptr<float>(),
        .row_of = permutation.row_of.const_data_ptr<int32_t>(),
+       .choice_of = permutation.choice_of.const_data_ptr<int32_t>(),
        .drows = wants_rows ? drows.mutable_data_ptr() : nullptr,
        .dweights = wants_weights ? dweights.mutable_data_ptr<float>() : nullptr},
       stream_of(dy));
   return {drows, dweights};
+}
+
+/// What must be right before outputs can be allocated; the kernel checks the rest.
+void check_sizes(const at::Tensor& experts, int64_t num_experts, int64_t row_multiple) {
+  require(num_experts >= 1 && num_experts <= kernels::kMaxExperts,
+          "[make_permutation] num_experts: expected 1 to {}, got {}", kernels::kMaxExperts,
+          num_experts);
+  require(row_multiple >= 1 && row_multiple <= kMaxRowMultiple,
+          "[make_permutation] row_multiple: expected 1 to {}, got {}", kMaxRowMultiple,
+          row_multiple);
+  require(experts.size(1) >= 1, "[make_permutation] experts: expected [T, K ≥ 1], got [{}, 0]",
+          experts.size(0));
+}
+
+void check_fp8(const at::Tensor& data, const at::Tensor& scales, const Permutation& permutation,
+               const at::Tensor& weights) {
+  const int64_t num_tokens = permutation.row_of.size(0);
+  check_shape(data, "permute_fp8", "data", {num_tokens, -1});
+  check_shape(scales, "permute_fp8", "scales", {num_tokens, -1});
+  require(data.scalar_type() == at::kFloat8_e4m3fn && data.is_contiguous(),
+          "[permute_fp8] data: expected contiguous Float8_e4m3fn, got {}",
+          c10::toString(data.scalar_type()));
+  require(scales.scalar_type() == at::kFloat && scales.device() == data.device(),
+          "[permute_fp8] scales: expected Float on {}, got {} on {}", data.device().str(),
+          c10::toString(scales.scalar_type()), scales.device().str());
+  require(num_tokens <= 1 || scales.stride(0) == 1,
+          "[permute_fp8] scales: expected tokens next to each other (stride 1), got stride {}",
+          scales.stride(0));
+  if (!weights.defined()) return;
+  check_shape(weights, "permute_fp8", "weights", permutation.row_of.sizes());
+  check_like(weights, "permute_fp8", "weights", scales, "scales");
 }
 
 void check_combine(const at::Tensor& rows, const at::Tensor& weights,
@@ -74,22 +109,26 @@ void check_combine(const at::Tensor& rows, const at::Tensor& weights,
 
 }  // namespace
 
-Permutation make_permutation(const at::Tensor& experts, int64_t num_experts) {
+Permutation make_permutation(const at::Tensor& experts, int64_t num_experts, int64_t row_multiple) {
   const Range range("make_permutation");
   const NoRecord guard;
   check_shape(experts, "make_permutation", "experts", {-1, -1});
   check_int32(experts, "make_permutation", "experts", experts);
+  check_sizes(experts, num_experts, row_multiple);
   const at::Tensor ids = experts.contiguous();
   const int64_t num_choices = ids.numel();
   const auto count = static_cast<int32_t>(num_experts);
-  Permutation result{at::empty({num_experts}, ids.options()),
-                     at::empty({num_experts}, ids.options()), at::empty(ids.sizes(), ids.options()),
-                     at::empty({num_choices}, ids.options())};
+  const auto multiple = static_cast<int32_t>(row_multiple);
+  Permutation result{
+      at::empty({num_experts}, ids.options()), at::empty({num_experts}, ids.options()),
+      at::empty(ids.sizes(), ids.options()),
+      at::empty({kernels::permutation_rows(num_choices, count, multiple)}, ids.options())};
   const at::Tensor workspace =
       at::empty({kernels::permutation_workspace(num_choices, count)}, ids.options());
   kernels::make_permutation({.num_tokens = ids.size(0),
                              .num_experts_per_token = static_cast<int32_t>(ids.size(1)),
                              .num_experts = count,
+                             .row_multiple = multiple,
                              .experts = ids.const_data_ptr<int32_t>(),
                              .counts = result.counts.mutable_data_ptr<int32_t>(),
                              .offsets = result.offsets.mutable_data_ptr<int32_t>(),
@@ -98,6 +137,35 @@ Permutation make_permutation(const at::Tensor& experts, int64_t num_experts) {
                              .workspace = workspace.mutable_data_ptr<int32_t>()},
                             stream_of(ids));
   return result;
+}
+
+std::pair<at::Tensor, at::Tensor> permute_fp8(const at::Tensor& data, const at::Tensor& scales,
+                                              const Permutation& permutation,
+                                              const at::Tensor& weights) {
+  const NoRecord guard;
+  check_fp8(data, scales, permutation, weights);
+  const int64_t num_rows = permutation.choice_of.size(0), num_scales = scales.size(1);
+  const at::Tensor w = weights.defined() ? weights.contiguous() : weights;
+  const int64_t y_stride = (num_rows + 3) / 4 * 4;
+  at::Tensor y = at::empty({num_rows, data.size(1)}, data.options());
+  at::Tensor y_scales = at::empty({num_scales, y_stride}, scales.options());
+  kernels::permute_forward({.num_tokens = data.size(0),
+                            .num_experts_per_token = choices_of(permutation),
+                            .hidden = data.size(1),
+                            .num_rows = num_rows,
+                            .dtype = DType::kF8E4M3,
+                            .x = data.const_data_ptr(),
+                            .row_of = permutation.row_of.const_data_ptr<int32_t>(),
+                            .choice_of = permutation.choice_of.const_data_ptr<int32_t>(),
+                            .y = y.mutable_data_ptr(),
+                            .num_scales = static_cast<int32_t>(num_scales),
+                            .x_scales = scales.const_data_ptr<float>(),
+                            .x_scale_stride = scales.stride(1),
+                            .weights = w.defined() ? w.const_data_ptr<float>() : nullptr,
+                            .y_scales = y_scales.mutable_data_ptr<float>(),
+                            .y_scale_stride = y_stride},
+                           stream_of(data));
+  return {y, y_scales.narrow(1, 0, num_rows).t()};
 }
 
 at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {
@@ -112,9 +180,11 @@ at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {
     kernels::permute_forward({.num_tokens = x.size(0),
                               .num_experts_per_token = choices_of(permutation),
                               .hidden = x.size(1),
+                              .num_rows = permutation.choice_of.size(0),
                               .dtype = dtype_of(x, "permute", "x"),
                               .x = rows.const_data_ptr(),
                               .row_of = permutation.row_of.const_data_ptr<int32_t>(),
+                              .choice_of = permutation.choice_of.const_data_ptr<int32_t>(),
                               .y = y.mutable_data_ptr()},
                              stream_of(x));
   }

@@ -16,32 +16,34 @@ struct RouterOptions {
   double scale = 1.0;            // routed_scaling_factor
 };
 
-struct Routing {
-  at::Tensor experts;  // [T, K] int32, descending biased score; ties to the lower expert id
-  at::Tensor
-      weights;  // [T, K] FP32, from the UNBIASED affinities, normalised and scaled; differentiable
-  at::Tensor scores;  // [T, E] FP32 affinities s (sigmoid or softmax of the logits); differentiable
-};
-
-/// logits [T, E] FP32 (FP64 in tests); bias [E] FP32 or undefined: added for selection only;
-/// unchosen groups are masked with -inf. Gradient: through weights and scores into logits.
-Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options);
-
 /// The sequence-wise balance loss (report eq. 17–20), summed over the sequences of this
 /// micro-batch:
 ///   Σ_seq Σ_i f_i P_i,  f_i = E / (K n) · #{valid tokens whose raw top-K (no bias, no groups)
 ///   holds i}, P_i = 1/n Σ_valid s_i / Σ_j s_j,  n = valid tokens of the sequence; f is a constant
-///   for the gradient.
-/// scores [T, E] from route(); T = num_sequences · S; valid [T] bool or undefined (= all).
-/// Returns a scalar FP32 (α and 1/sequences of the global batch are the caller's).
-at::Tensor sequence_balance_loss(const at::Tensor& scores, const at::Tensor& valid,
-                                 int64_t num_sequences, int64_t num_experts_per_token);
+///   for the gradient. α and 1/sequences of the global batch are the caller's.
+struct SequenceBalance {
+  int64_t num_sequences = 0;  // a divisor of T; 0 = no loss
+  at::Tensor valid;           // [T] bool, undefined = all
+};
+
+struct Routing {
+  at::Tensor experts;  // [T, K] int32, descending biased score; ties to the lower expert id
+  at::Tensor weights;  // [T, K] FP32, from the UNBIASED affinities, normalised and scaled
+  at::Tensor scores;   // [T, E] FP32 affinities s (sigmoid or softmax of the logits); no gradient
+  at::Tensor counts;   // [E] int32, choices per expert over all T tokens
+  at::Tensor balance_loss;  // scalar FP32; undefined without num_sequences
+};
+
+/// logits [T, E] FP32 (FP64 in tests); bias [E] FP32 or undefined: added for selection only;
+/// unchosen groups are masked with -inf. One kernel forward, one backward. Gradient: through
+/// weights and balance_loss into logits.
+Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options,
+              const SequenceBalance& balance = {});
 
 namespace reference {
-/// Slow, obvious, differentiable, float64-capable.
-Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options);
-at::Tensor sequence_balance_loss(const at::Tensor& scores, const at::Tensor& valid,
-                                 int64_t num_sequences, int64_t num_experts_per_token);
+/// Slow, obvious, differentiable (scores too), float64-capable.
+Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options,
+              const SequenceBalance& balance = {});
 }  // namespace reference
 
 }  // namespace dsv3::ops

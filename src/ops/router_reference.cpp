@@ -1,7 +1,7 @@
 // The router and its sequence-wise loss as the report writes them, for tests and float64.
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
@@ -34,9 +34,28 @@ at::Tensor limit_to_groups(const at::Tensor& biased, const RouterOptions& option
       .view_as(biased);
 }
 
+/// {Σ_seq Σ_i f_i P_i} from scores [T, E].
+at::Tensor balance_loss(const at::Tensor& scores, const SequenceBalance& balance,
+                        int64_t num_choices) {
+  const int64_t num_experts = scores.size(1), num_sequences = balance.num_sequences;
+  const at::Tensor mask = balance.valid.defined() ? balance.valid.to(scores.scalar_type())
+                                                  : scores.detach().select(1, 0).mul(0).add(1);
+  at::Tensor chosen = at::zeros(scores.sizes(), scores.options());
+  chosen.scatter_(1, top(scores.detach(), num_choices), 1.0);
+  const at::Tensor share = scores / (scores.sum(1, true) + 1e-20);
+  const auto per_sequence = [&](const at::Tensor& x) {
+    return (x * mask.unsqueeze(1)).view({num_sequences, -1, num_experts}).sum(1);
+  };
+  // A sequence without valid tokens has sums of 0 and adds 0.
+  const at::Tensor n = mask.view({num_sequences, -1}).sum(1, true).clamp_min(1.0);
+  const at::Tensor f = per_sequence(chosen) * num_experts / (n * num_choices);
+  return (f * per_sequence(share) / n).sum();
+}
+
 }  // namespace
 
-Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options) {
+Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options,
+              const SequenceBalance& balance) {
   const at::Tensor scores = options.sigmoid ? at::sigmoid(logits) : at::softmax(logits, -1);
   at::Tensor biased = scores.detach();
   if (bias.defined()) biased = biased + bias;
@@ -44,24 +63,12 @@ Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOpti
   const at::Tensor experts = top(biased, options.num_experts_per_token);
   at::Tensor weights = scores.gather(1, experts);
   if (options.normalize) weights = weights / (weights.sum(1, true) + 1e-20);
-  return {experts.to(at::kInt), weights * options.scale, scores};
-}
-
-at::Tensor sequence_balance_loss(const at::Tensor& scores, const at::Tensor& valid,
-                                 int64_t num_sequences, int64_t num_experts_per_token) {
-  const int64_t num_experts = scores.size(1);
-  const at::Tensor mask =
-      valid.defined() ? valid.to(scores.scalar_type()) : scores.detach().select(1, 0).mul(0).add(1);
-  at::Tensor chosen = at::zeros(scores.sizes(), scores.options());
-  chosen.scatter_(1, top(scores.detach(), num_experts_per_token), 1.0);
-  const at::Tensor share = scores / (scores.sum(1, true) + 1e-20);
-  const auto per_sequence = [&](const at::Tensor& x) {
-    return (x * mask.unsqueeze(1)).view({num_sequences, -1, num_experts}).sum(1);
-  };
-  // A sequence without valid tokens has sums of 0 and adds 0.
-  const at::Tensor n = mask.view({num_sequences, -1}).sum(1, true).clamp_min(1.0);
-  const at::Tensor f = per_sequence(chosen) * num_experts / (n * num_experts_per_token);
-  return (f * per_sequence(share) / n).sum();
+  const at::Tensor counts = at::bincount(experts.flatten(), {}, options.num_experts);
+  at::Tensor loss;
+  if (balance.num_sequences > 0) {
+    loss = balance_loss(scores, balance, options.num_experts_per_token);
+  }
+  return {experts.to(at::kInt), weights * options.scale, scores, counts.to(at::kInt), loss};
 }
 
 }  // namespace dsv3::ops::reference

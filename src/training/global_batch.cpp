@@ -13,7 +13,8 @@ namespace dsv3 {
 TokenBatch to_device(const Batch& batch, const at::Device& device, bool mask_documents) {
   const ops::NoRecord guard;
   const int64_t count = batch.num_sequences * batch.sequence_length;
-  const int64_t rows = mask_documents ? 4 : 3;
+  const bool padded = std::ranges::find(batch.documents, kPaddingDocument) != batch.documents.end();
+  const int64_t rows = mask_documents || padded ? 4 : 3;
   at::Tensor host =
       at::empty({rows, count}, at::TensorOptions(at::kInt).pinned_memory(device.is_cuda()));
   const std::vector<int32_t>* sources[] = {&batch.tokens, &batch.labels, &batch.positions,
@@ -30,8 +31,23 @@ TokenBatch to_device(const Batch& batch, const at::Device& device, bool mask_doc
           .tokens = all.select(0, 0),
           .labels = all.select(0, 1),
           .positions = all.select(0, 2),
-          .documents = mask_documents ? all.select(0, 3) : at::Tensor()};
+          .documents = mask_documents ? all.select(0, 3) : at::Tensor(),
+          .valid = padded ? all.select(0, 3).ne(kPaddingDocument) : at::Tensor()};
 }
+
+namespace {
+
+/// Padding stands at the end of a sequence, so the first place tells whether it holds anything.
+int64_t sequences_with_tokens(const Batch& batch) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < batch.num_sequences; ++row) {
+    const auto first = static_cast<size_t>(row * batch.sequence_length);
+    if (batch.documents[first] != kPaddingDocument) ++count;
+  }
+  return count;
+}
+
+}  // namespace
 
 GlobalBatch make_global_batch(std::vector<Batch> micro_batches, int64_t mtp_depths,
                               bool mask_documents) {
@@ -39,7 +55,7 @@ GlobalBatch make_global_batch(std::vector<Batch> micro_batches, int64_t mtp_dept
   global.micro_batches = std::move(micro_batches);
   global.mtp_valid.assign(static_cast<size_t>(mtp_depths), 0);
   for (const auto& batch : global.micro_batches) {
-    global.sequences += batch.num_sequences;
+    global.sequences += sequences_with_tokens(batch);
     global.tokens += batch.num_sequences * batch.sequence_length;
     const auto is_valid = [](int32_t label) { return label != kIgnoreLabelId; };
     global.valid += std::ranges::count_if(batch.labels, is_valid);

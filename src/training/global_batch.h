@@ -14,7 +14,7 @@ namespace dsv3 {
 /// step's counts.
 struct GlobalBatch {
   std::vector<Batch> micro_batches;
-  int64_t sequences = 0;
+  int64_t sequences = 0;           // without those that are all padding
   int64_t tokens = 0;              // input positions
   int64_t valid = 0;               // labels that count
   std::vector<int64_t> mtp_valid;  // the same for each MTP depth
@@ -26,7 +26,7 @@ GlobalBatch make_global_batch(std::vector<Batch> micro_batches, int64_t mtp_dept
                               bool mask_documents);
 
 /// The micro-batch as tensors on `device`: one copy, from pinned memory and without waiting on
-/// CUDA. `documents` stays undefined unless mask_documents.
+/// CUDA. `documents` stays undefined unless mask_documents, `valid` unless there is padding.
 TokenBatch to_device(const Batch& batch, const at::Device& device, bool mask_documents);
 
 }  // namespace dsv3

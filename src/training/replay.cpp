@@ -140,7 +140,7 @@ Replay replay_next(Trainer& trainer) {
   const StepSums sums = trainer.accumulate(batch);
   trainer.model_->set_probe({});
   replay.gradients = norms_of(trainer.parameters_, /*gradients=*/true);
-  replay.loss = sums.scalars[0].item<double>() * per_token(batch.valid);
+  replay.loss = sums.scalars[0].item<double>() * one_over(batch.valid);
   double squares = 0;
   for (const auto& gradient : replay.gradients) squares += gradient.norm * gradient.norm;
   replay.grad_norm = std::sqrt(squares);

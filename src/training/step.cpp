@@ -27,13 +27,12 @@ at::Tensor scalar_on(const at::Device& device, double value) {
 
 LossScales make_scales(const GlobalBatch& batch, const GradientOptions& options) {
   LossScales scales;
-  scales.main = scalar_on(options.device, per_token(batch.valid));
+  scales.main = scalar_on(options.device, one_over(batch.valid));
   const auto depths = static_cast<double>(batch.mtp_valid.size());
   for (const int64_t valid : batch.mtp_valid)
-    scales.mtp.push_back(scalar_on(options.device, options.mtp_weight / depths * per_token(valid)));
+    scales.mtp.push_back(scalar_on(options.device, options.mtp_weight / depths * one_over(valid)));
   if (options.balance_alpha > 0)
-    scales.balance =
-        scalar_on(options.device, options.balance_alpha / static_cast<double>(batch.sequences));
+    scales.balance = scalar_on(options.device, options.balance_alpha * one_over(batch.sequences));
   return scales;
 }
 
@@ -51,8 +50,8 @@ at::Tensor scalars_of(const LossOutput& output) {
 
 }  // namespace
 
-double per_token(int64_t valid) {
-  return valid > 0 ? 1.0 / static_cast<double>(valid) : 0.0;
+double one_over(int64_t count) {
+  return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
 
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
@@ -114,24 +113,22 @@ StepNumbers PendingNumbers::wait() {
   const auto* values = host_.data_ptr<double>();
   const auto depths = static_cast<int64_t>(mtp_valid_.size());
   StepNumbers numbers;
-  numbers.loss = values[0] * per_token(valid_);
-  numbers.accuracy = values[1] * per_token(valid_);
+  numbers.loss = values[0] * one_over(valid_);
+  numbers.accuracy = values[1] * one_over(valid_);
   numbers.mtp_loss = numbers.mtp_acceptance = kNan;
   if (depths > 0) {
     numbers.mtp_loss = 0;
     for (int64_t depth = 0; depth < depths; ++depth)
-      numbers.mtp_loss += values[3 + 2 * depth] *
-                          per_token(mtp_valid_[static_cast<size_t>(depth)]) /
+      numbers.mtp_loss += values[3 + 2 * depth] * one_over(mtp_valid_[static_cast<size_t>(depth)]) /
                           static_cast<double>(depths);
-    numbers.mtp_acceptance = values[4] * per_token(mtp_valid_[0]);
+    numbers.mtp_acceptance = values[4] * one_over(mtp_valid_[0]);
   }
   const auto* rest = values + 3 + 2 * depths;
   numbers.grad_norm = rest[0];
   numbers.skip = static_cast<int>(rest[1]);
   numbers.max_violation = moe_layers_ > 0 ? rest[2] : kNan;
   numbers.load_imbalance = moe_layers_ > 0 ? rest[3] : kNan;
-  numbers.balance_loss =
-      moe_layers_ > 0 ? values[2] / static_cast<double>(sequences_ * moe_layers_) : kNan;
+  numbers.balance_loss = moe_layers_ > 0 ? values[2] * one_over(sequences_ * moe_layers_) : kNan;
   return numbers;
 }
 

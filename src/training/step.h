@@ -35,8 +35,8 @@ struct StepSums {
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
                               const GradientOptions& options);
 
-/// 1 / valid; 0 for a batch without a valid token, which weighs nothing.
-double per_token(int64_t valid);
+/// 1 / count; 0 for a batch without a valid token (or sequence), which weighs nothing.
+double one_over(int64_t count);
 
 /// The numbers of one step that leave the device, in one small copy.
 struct StepNumbers {

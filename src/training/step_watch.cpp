@@ -39,7 +39,7 @@ StepWatch::StepWatch(const TrainingConfig& config, const ParameterSet& parameter
       spikes_(config.spike.window, config.spike.threshold) {}
 
 StepGuard StepWatch::guard(int64_t step, const StepSums& sums, const GlobalBatch& batch) const {
-  StepGuard guard{.losses = sums.scalars, .loss_scale = per_token(batch.valid)};
+  StepGuard guard{.losses = sums.scalars, .loss_scale = one_over(batch.valid)};
   if (spike_.skip) guard.loss_limit = spikes_.limit(step);
   return guard;
 }

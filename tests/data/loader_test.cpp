@@ -87,6 +87,7 @@ TEST(Loader, ValidationCountsEveryHeldOutByteOnce) {
           EXPECT_EQ(batches, loader.num_batches(2));
           const Batch after = loader.next(2);
           EXPECT_EQ(std::count(after.labels.begin(), after.labels.end(), kIgnoreLabelId), 2 * 29);
+          EXPECT_EQ(std::ranges::count(after.documents, kPaddingDocument), 2 * 29);
           of_rank.push_back(rows);
         }
         std::string seen;

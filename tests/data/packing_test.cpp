@@ -89,8 +89,10 @@ TEST(Packing, SequencesAreTheStreamOnceThrough) {
         if (p >= n && !wrap) {
           EXPECT_EQ(batch.labels[i], kIgnoreLabelId);
           EXPECT_EQ(batch.tokens[i], kPad);
+          EXPECT_EQ(batch.documents[i], kPaddingDocument);
           continue;
         }
+        EXPECT_GE(batch.documents[i], 0);
         EXPECT_EQ(batch.labels[i], x[static_cast<size_t>(p % n)]);
         EXPECT_EQ(batch.tokens[i], x[static_cast<size_t>((p + n - 1) % n)]);
       }

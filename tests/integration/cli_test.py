@@ -258,6 +258,20 @@ class Scripts(unittest.TestCase):
                 self.assertEqual((result.returncode, result.stdout), (1, ""))
                 self.assertRegex(result.stderr, rf"\A{re.escape(script)}: error: [^\n]+\n\Z")
 
+    def test_gpu_session_says_what_it_needs(self):
+        script = ROOT / "bench" / "gpu_session.sh"
+        help_text = run(script, "--help")
+        self.assertEqual((help_text.returncode, help_text.stderr), (0, ""))
+        with tempfile.TemporaryDirectory() as directory:
+            wrong = [[], [directory, "--nope"], [directory, "--parts", "nope"], [directory, "--bin", directory], [directory, directory]]
+            if not os.path.exists("/dev/nvidia0"):
+                wrong.append([directory, "--bin", Path(DSV3).parent])
+            for arguments in wrong:
+                with self.subTest(arguments):
+                    result = run(script, *arguments)
+                    self.assertEqual((result.returncode, result.stdout), (1, ""))
+                    self.assertRegex(result.stderr, r"\Agpu_session.sh: error: [^\n]+\n\Z")
+
     def test_setup_refuses_a_directory_without_libtorch(self):
         with tempfile.TemporaryDirectory() as copy:
             run("cp", "-r", ROOT / "scripts", copy)

@@ -55,14 +55,15 @@ at::Tensor plain_mla(const ModelConfig& config, const PlainWeights& weights, con
   };
   at::Tensor q;
   if (c.q_lora_rank > 0) {
-    q = project(norm(project(x, "q_a_proj"), weights.at("q_a_layernorm.weight"), 1e-6), "q_b_proj");
+    q = project(norm(project(x, "q_a_proj"), weights.at("q_a_layernorm.weight"), c.latent_norm_eps),
+                "q_b_proj");
   } else {
     q = project(x, "q_proj");
   }
   q = q.reshape({tokens, h, n + r});
   const auto kv_a = project(x, "kv_a_proj_with_mqa");
-  const auto latent =
-      norm(kv_a.narrow(1, 0, c.kv_lora_rank), weights.at("kv_a_layernorm.weight"), 1e-6);
+  const auto latent = norm(kv_a.narrow(1, 0, c.kv_lora_rank), weights.at("kv_a_layernorm.weight"),
+                           c.latent_norm_eps);
   const auto kv = project(latent, "kv_b_proj").reshape({tokens, h, n + v_dim});
   const auto q_rope = turn(q.narrow(2, n, r), positions, config.rope.theta);
   const auto k_rope =

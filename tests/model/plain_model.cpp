@@ -36,20 +36,25 @@ std::vector<double> row(const at::Tensor& x) {
   return {data, data + values.numel()};
 }
 
-/// The k largest by value, ties to the lower index.
-std::vector<int64_t> largest(const std::vector<double>& values, int64_t k) {
+/// The k largest by value, ties to the lower index; `narrowest` learns the gap behind the last one.
+std::vector<int64_t> largest(const std::vector<double>& values, int64_t k, double& narrowest) {
   std::vector<int64_t> order(values.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     return values[static_cast<size_t>(a)] > values[static_cast<size_t>(b)];
   });
-  order.resize(static_cast<size_t>(k));
+  const auto chosen = static_cast<size_t>(k);
+  if (chosen < order.size()) {
+    narrowest = std::min(narrowest, values[static_cast<size_t>(order[chosen - 1])] -
+                                        values[static_cast<size_t>(order[chosen])]);
+  }
+  order.resize(chosen);
   return order;
 }
 
 /// Which experts one token goes to, from its biased scores (report §2.1.2: groups by the sum of
 /// their top 2).
-std::vector<int64_t> choose(const MoeConfig& moe, std::vector<double> biased) {
+std::vector<int64_t> choose(const MoeConfig& moe, std::vector<double> biased, double& narrowest) {
   const auto group_size = static_cast<size_t>(moe.num_experts / moe.n_group);
   std::vector<double> group_scores;
   for (int64_t group = 0; group < moe.n_group; ++group) {
@@ -58,13 +63,13 @@ std::vector<int64_t> choose(const MoeConfig& moe, std::vector<double> biased) {
     std::ranges::sort(members, std::greater<>());
     group_scores.push_back(members[0] + (members.size() > 1 ? members[1] : 0.0));
   }
-  const auto groups = largest(group_scores, moe.topk_group);
+  const auto groups = largest(group_scores, moe.topk_group, narrowest);
   for (size_t expert = 0; expert < biased.size(); ++expert) {
     if (std::ranges::find(groups, static_cast<int64_t>(expert / group_size)) == groups.end()) {
       biased[expert] = -INFINITY;
     }
   }
-  return largest(biased, moe.num_experts_per_token);
+  return largest(biased, moe.num_experts_per_token, narrowest);
 }
 
 }  // namespace
@@ -140,7 +145,7 @@ at::Tensor PlainModel::mlp(const at::Tensor& x, const std::string& prefix) const
   return at::matmul(swish(halves[0]) * halves[1], values.at(prefix + "down_proj.weight").t());
 }
 
-at::Tensor PlainModel::moe(const at::Tensor& x, int64_t layer, Losses& losses,
+at::Tensor PlainModel::moe(const at::Tensor& x, int64_t layer, int64_t num_valid, Losses& losses,
                            std::vector<int64_t>& counts) const {
   const MoeConfig& moe = config_.moe;
   const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
@@ -152,7 +157,7 @@ at::Tensor PlainModel::moe(const at::Tensor& x, int64_t layer, Losses& losses,
   std::vector<double> raw_counts(static_cast<size_t>(moe.num_experts), 0.0);
   for (int64_t token = 0; token < x.size(0); ++token) {
     at::Tensor total = at::zeros({}, kDouble);
-    const auto chosen = choose(moe, row(biased[token]));
+    const auto chosen = choose(moe, row(biased[token]), losses.narrowest);
     for (const int64_t expert : chosen) total = total + scores[token][expert];
     at::Tensor y = at::zeros({x.size(1)}, kDouble);
     for (const int64_t expert : chosen) {
@@ -161,31 +166,34 @@ at::Tensor PlainModel::moe(const at::Tensor& x, int64_t layer, Losses& losses,
       const auto halves = at::matmul(gate_up[expert], x[token]).chunk(2, 0);
       y = y +
           moe.routed_scaling_factor * gate * at::matmul(down[expert], swish(halves[0]) * halves[1]);
-      ++counts[static_cast<size_t>(expert)];
+      if (token < num_valid) ++counts[static_cast<size_t>(expert)];
     }
     outputs.push_back(y);
-    for (const int64_t expert : largest(row(scores[token]), moe.num_experts_per_token)) {
+    if (token >= num_valid) continue;
+    for (const int64_t expert :
+         largest(row(scores[token]), moe.num_experts_per_token, losses.narrowest)) {
       ++raw_counts[static_cast<size_t>(expert)];
     }
   }
-  const auto tokens = static_cast<double>(x.size(0));
-  const at::Tensor share = (scores / scores.sum(1, true)).mean(0);
-  const at::Tensor frequency = at::tensor(raw_counts, kDouble) *
-                               static_cast<double>(moe.num_experts) /
-                               (static_cast<double>(moe.num_experts_per_token) * tokens);
-  losses.balance_sum = losses.balance_sum + (frequency * share).sum();
+  if (num_valid > 0) {
+    const at::Tensor share = (scores / scores.sum(1, true)).slice(0, 0, num_valid).mean(0);
+    const at::Tensor frequency = at::tensor(raw_counts, kDouble) *
+                                 static_cast<double>(moe.num_experts) /
+                                 static_cast<double>(moe.num_experts_per_token * num_valid);
+    losses.balance_sum = losses.balance_sum + (frequency * share).sum();
+  }
   at::Tensor y = at::stack(outputs);
   if (moe.num_shared_experts > 0) y = y + mlp(x, prefix + "shared_experts.");
   return y;
 }
 
-at::Tensor PlainModel::block(const at::Tensor& x, int64_t layer, bool is_moe, Losses& losses,
-                             std::vector<int64_t>* counts) const {
+at::Tensor PlainModel::block(const at::Tensor& x, int64_t layer, bool is_moe, int64_t num_valid,
+                             Losses& losses, std::vector<int64_t>* counts) const {
   const std::string prefix = fmt::format("model.layers.{}.", layer);
   const double eps = config_.rms_norm_eps;
   const at::Tensor h = x + attention(norm(x, prefix + "input_layernorm.weight", eps), layer);
   const at::Tensor n = norm(h, prefix + "post_attention_layernorm.weight", eps);
-  return h + (is_moe ? moe(n, layer, losses, *counts) : mlp(n, prefix + "mlp."));
+  return h + (is_moe ? moe(n, layer, num_valid, losses, *counts) : mlp(n, prefix + "mlp."));
 }
 
 at::Tensor PlainModel::token_losses(const at::Tensor& hidden,
@@ -202,7 +210,7 @@ at::Tensor PlainModel::token_losses(const at::Tensor& hidden,
 
 PlainModel::Losses PlainModel::losses(const std::vector<std::vector<int64_t>>& tokens,
                                       const std::vector<std::vector<int64_t>>& labels,
-                                      int64_t mtp_depths) {
+                                      int64_t mtp_depths, const std::vector<int64_t>& lengths) {
   Losses losses;
   losses.main_sum = losses.balance_sum = at::zeros({}, kDouble);
   losses.mtp_sums.assign(static_cast<size_t>(mtp_depths), at::zeros({}, kDouble));
@@ -218,12 +226,15 @@ PlainModel::Losses PlainModel::losses(const std::vector<std::vector<int64_t>>& t
                        std::vector<int64_t>(static_cast<size_t>(config_.moe.num_experts), 0));
   for (size_t sequence = 0; sequence < tokens.size(); ++sequence) {
     size_t moe_index = 0;
+    const auto valid =
+        lengths.empty() ? static_cast<int64_t>(tokens[sequence].size()) : lengths[sequence];
     at::Tensor x = embed(tokens[sequence]);
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
       const bool is_moe = config_.is_moe_layer(layer);
-      x = block(x, layer, is_moe, losses, is_moe ? &losses.counts[moe_index++] : nullptr);
+      x = block(x, layer, is_moe, valid, losses, is_moe ? &losses.counts[moe_index++] : nullptr);
     }
     at::Tensor hidden = norm(x, "model.norm.weight", eps);
+    at::Tensor previous = config_.mtp.input_after_final_norm ? hidden : x;
     losses.main_sum = losses.main_sum + token_losses(hidden, labels[sequence]);
     for (int64_t depth = 1; depth <= mtp_depths; ++depth) {
       // Position i joins its hidden state with token i + depth and predicts what label i + depth
@@ -237,11 +248,12 @@ PlainModel::Losses PlainModel::losses(const std::vector<std::vector<int64_t>>& t
       const int64_t layer = config_.num_layers + depth - 1;
       const std::string prefix = fmt::format("model.layers.{}.", layer);
       const at::Tensor joined = at::cat({norm(embed(ids), prefix + "enorm.weight", eps),
-                                         norm(hidden, prefix + "hnorm.weight", eps)},
+                                         norm(previous, prefix + "hnorm.weight", eps)},
                                         1);
-      x = block(at::matmul(joined, values.at(prefix + "eh_proj.weight").t()), layer, true, losses,
-                &losses.counts[moe_index++]);
+      x = block(at::matmul(joined, values.at(prefix + "eh_proj.weight").t()), layer, true,
+                std::max<int64_t>(0, valid - depth), losses, &losses.counts[moe_index++]);
       hidden = norm(x, prefix + "shared_head.norm.weight", eps);
+      previous = config_.mtp.input_after_final_norm ? hidden : x;
       auto& sum = losses.mtp_sums[static_cast<size_t>(depth - 1)];
       sum = sum + token_losses(hidden, targets);
     }

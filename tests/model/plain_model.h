@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -24,11 +25,16 @@ class PlainModel {
     std::vector<at::Tensor> mtp_sums;          // per depth
     at::Tensor balance_sum;                    // Σ over layers and sequences of Σ_i f_i P_i
     std::vector<std::vector<int64_t>> counts;  // per MoE layer: tokens per expert
+    // Smallest gap between a score that was chosen and one that was not: narrow rounding decides
+    // such a choice otherwise, and then nothing can be compared.
+    double narrowest = std::numeric_limits<double>::infinity();
   };
 
-  /// tokens and labels: B rows of S ids; a label < 0 has no loss.
+  /// tokens and labels: B rows of S ids; a label < 0 has no loss. lengths [B]: how many tokens of a
+  /// row are real, the rest is padding (empty: all are).
   Losses losses(const std::vector<std::vector<int64_t>>& tokens,
-                const std::vector<std::vector<int64_t>>& labels, int64_t mtp_depths);
+                const std::vector<std::vector<int64_t>>& labels, int64_t mtp_depths,
+                const std::vector<int64_t>& lengths = {});
 
   std::map<std::string, at::Tensor> values;  // by our parameter names
 
@@ -37,10 +43,11 @@ class PlainModel {
   at::Tensor rotate(const at::Tensor& x) const;
   at::Tensor attention(const at::Tensor& x, int64_t layer) const;
   at::Tensor mlp(const at::Tensor& x, const std::string& prefix) const;
-  at::Tensor moe(const at::Tensor& x, int64_t layer, Losses& losses,
+  /// The first num_valid tokens of x count in the statistics.
+  at::Tensor moe(const at::Tensor& x, int64_t layer, int64_t num_valid, Losses& losses,
                  std::vector<int64_t>& counts) const;
-  at::Tensor block(const at::Tensor& x, int64_t layer, bool is_moe, Losses& losses,
-                   std::vector<int64_t>* counts) const;
+  at::Tensor block(const at::Tensor& x, int64_t layer, bool is_moe, int64_t num_valid,
+                   Losses& losses, std::vector<int64_t>* counts) const;
   at::Tensor token_losses(const at::Tensor& hidden, const std::vector<int64_t>& labels) const;
 
   ModelConfig config_;

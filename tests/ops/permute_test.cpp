@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include "kernels/routing.h"
 #include "support/compare.h"
 #include "support/random.h"
 
@@ -29,35 +30,62 @@ const std::vector<Case> kCases = {{0, 2, 4},      {1, 1, 1},      {1, 8, 512},  
                                   {129, 2, 8},    {511, 2, 3},    {513, 2, 40}, {700, 8, 64},
                                   {5000, 4, 256}, {3000, 16, 512}};
 
-void expect_permutation(const at::Tensor& experts, int64_t num_experts) {
-  const Permutation actual = make_permutation(experts, num_experts);
-  // Plain loops: expert by expert, token by token.
+/// What plain loops make of the choices: expert by expert, token by token.
+struct Plain {
+  std::vector<int32_t> counts, offsets, choice_of, row_of;
+};
+Plain plain_permutation(const at::Tensor& experts, int64_t num_experts, int64_t multiple) {
   const at::Tensor ids = experts.cpu().flatten();
-  std::vector<int32_t> counts, offsets, choice_of, row_of(static_cast<size_t>(ids.numel()));
+  Plain plain;
+  plain.row_of.resize(static_cast<size_t>(ids.numel()));
   for (int32_t e = 0; e < num_experts; ++e) {
-    const size_t before = choice_of.size();
+    const size_t before = plain.choice_of.size();
     for (int64_t i = 0; i < ids.numel(); ++i) {
       if (ids.const_data_ptr<int32_t>()[i] != e) continue;
-      row_of[static_cast<size_t>(i)] = static_cast<int32_t>(choice_of.size());
-      choice_of.push_back(static_cast<int32_t>(i));
+      plain.row_of[static_cast<size_t>(i)] = static_cast<int32_t>(plain.choice_of.size());
+      plain.choice_of.push_back(static_cast<int32_t>(i));
     }
-    counts.push_back(static_cast<int32_t>(choice_of.size() - before));
-    offsets.push_back(static_cast<int32_t>(choice_of.size()));
+    plain.counts.push_back(static_cast<int32_t>(plain.choice_of.size() - before));
+    while (plain.choice_of.size() % static_cast<size_t>(multiple) != 0) {
+      plain.choice_of.push_back(-1);
+    }
+    plain.offsets.push_back(static_cast<int32_t>(plain.choice_of.size()));
   }
-  const auto values = [](const at::Tensor& x) {
-    const at::Tensor flat = x.cpu().contiguous();
-    const auto* data = flat.const_data_ptr<int32_t>();
-    return std::vector<int32_t>(data, data + flat.numel());
-  };
-  EXPECT_EQ(values(actual.counts), counts);
-  EXPECT_EQ(values(actual.offsets), offsets);
-  EXPECT_EQ(values(actual.row_of), row_of);
-  EXPECT_EQ(values(actual.choice_of), choice_of);
-  const Permutation slow = reference::make_permutation(experts, num_experts);
-  EXPECT_EQ(values(slow.counts), counts);
-  EXPECT_EQ(values(slow.offsets), offsets);
-  EXPECT_EQ(values(slow.row_of), row_of);
-  EXPECT_EQ(values(slow.choice_of), choice_of);
+  return plain;
+}
+
+std::vector<int32_t> values_of(const at::Tensor& x) {
+  const at::Tensor flat = x.cpu().contiguous();
+  const auto* data = flat.const_data_ptr<int32_t>();
+  return {data, data + flat.numel()};
+}
+
+void expect_permutation(const at::Tensor& experts, int64_t num_experts) {
+  for (const int64_t multiple : {1, 16, 24}) {
+    Plain plain = plain_permutation(experts, num_experts, multiple);
+    for (const Permutation& actual :
+         {make_permutation(experts, num_experts, multiple),
+          reference::make_permutation(experts, num_experts, multiple)}) {
+      ASSERT_GE(actual.choice_of.numel(), static_cast<int64_t>(plain.choice_of.size()));
+      EXPECT_EQ(actual.choice_of.numel() % multiple, 0);
+      if (multiple == 1) {
+        EXPECT_EQ(actual.choice_of.numel(), experts.numel());
+      }
+      plain.choice_of.resize(static_cast<size_t>(actual.choice_of.numel()), -1);
+      EXPECT_EQ(values_of(actual.counts), plain.counts);
+      EXPECT_EQ(values_of(actual.offsets), plain.offsets);
+      EXPECT_EQ(values_of(actual.row_of), plain.row_of);
+      EXPECT_EQ(values_of(actual.choice_of), plain.choice_of);
+    }
+  }
+}
+
+TEST(PermutationRows, AreEnoughForEveryDistribution) {
+  // The worst: every used expert one choice beyond a multiple.
+  EXPECT_EQ(kernels::permutation_rows(0, 8, 16), 0);
+  EXPECT_EQ(kernels::permutation_rows(3, 8, 16), 48);
+  EXPECT_EQ(kernels::permutation_rows(131072, 256, 1), 131072);
+  EXPECT_EQ(kernels::permutation_rows(131072, 256, 128), (131072 + 256 * 127) / 128 * 128);
 }
 
 TEST_P(PermuteTest, SortsChoicesStablyByExpert) {
@@ -81,6 +109,9 @@ TEST(PermuteErrors, NameWhatIsWrong) {
   EXPECT_THROW(make_permutation(at::full({2, 2}, 4, ints), 4), std::invalid_argument);
   EXPECT_THROW(make_permutation(at::full({2, 2}, -1, ints), 4), std::invalid_argument);
   EXPECT_THROW(make_permutation(at::zeros({2, 2}), 4), std::invalid_argument);
+  EXPECT_THROW(make_permutation(at::zeros({2, 2}, ints), 4, 0), std::invalid_argument);
+  EXPECT_THROW(make_permutation(at::zeros({2, 2}, ints), 513), std::invalid_argument);
+  EXPECT_THROW(make_permutation(at::zeros({2, 17}, ints), 32), std::invalid_argument);
   const Permutation permutation = make_permutation(at::zeros({2, 2}, ints), 4);
   EXPECT_THROW(permute(at::zeros({3, 8}), permutation), std::invalid_argument);
   EXPECT_THROW(combine(at::zeros({3, 8}), at::zeros({2, 2}), permutation, {}),
@@ -105,8 +136,8 @@ TEST_P(PermuteTest, PermuteAgreesWithTheReference) {
            std::vector<std::pair<int64_t, int64_t>>{{0, 2}, {1, 1}, {21, 3}, {6, 8}}) {
         SCOPED_TRACE(testing::Message() << c10::toString(dtype) << ", T " << num_tokens << ", D "
                                         << hidden << ", K " << k);
-        const Permutation permutation =
-            make_permutation(random.integers({num_tokens, k}, 6, GetParam()), 6);
+        const Permutation permutation = make_permutation(
+            random.integers({num_tokens, k}, 6, GetParam()), 6, random.integer(0, 1) * 15 + 1);
         at::Tensor x =
             random.normal({num_tokens, hidden}, dtype, GetParam()).set_requires_grad(true);
         at::Tensor exact = x.detach().to(at::kDouble).set_requires_grad(true);
@@ -131,11 +162,13 @@ at::Tensor exact(const at::Tensor& x, bool absolute = false) {
 
 void expect_combine(test::Random& random, at::ScalarType dtype, int64_t num_tokens, int64_t k,
                     int64_t hidden, bool with_base, at::Device device) {
-  const Permutation permutation = make_permutation(random.integers({num_tokens, k}, 6, device), 6);
+  const Permutation permutation = make_permutation(random.integers({num_tokens, k}, 6, device), 6,
+                                                   random.integer(0, 1) * 15 + 1);
+  const int64_t num_rows = permutation.choice_of.size(0);
   const auto leaf = [&](at::IntArrayRef sizes, at::ScalarType type) {
     return random.normal(sizes, type, device).set_requires_grad(true);
   };
-  const at::Tensor rows = leaf({num_tokens * k, hidden}, dtype);
+  const at::Tensor rows = leaf({num_rows, hidden}, dtype);
   const at::Tensor weights = leaf({num_tokens, k}, at::kFloat);
   const at::Tensor base = with_base ? leaf({num_tokens, hidden}, dtype) : at::Tensor();
   const at::Tensor dy = random.normal({num_tokens, hidden}, dtype, device);
@@ -198,14 +231,67 @@ TEST_P(PermuteTest, FrozenInputsGetNoGradient) {
   EXPECT_TRUE(weights.grad().defined());
 }
 
-TEST_P(PermuteTest, TwoRunsGiveTheSameBits) {
+/// FP8 rows carry their bytes and their scales; scales times the choice's weight; padding is 0.
+TEST_P(PermuteTest, Fp8RowsCarryTheirScales) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  for (const int64_t hidden : {1, 30, 128, 400, 7168}) {
+    for (const int64_t multiple : {1, 16}) {
+      const int64_t num_tokens = 13, k = 3, num_scales = (hidden + 127) / 128;
+      const Permutation permutation =
+          make_permutation(random.integers({num_tokens, k}, 5, GetParam()), 5, multiple);
+      const at::Tensor data =
+          random.normal({num_tokens, hidden}, at::kFloat, GetParam()).to(at::kFloat8_e4m3fn);
+      const at::Tensor scales = random.normal({num_scales, num_tokens + 3}, at::kFloat, GetParam())
+                                    .narrow(1, 0, num_tokens)
+                                    .t();
+      const at::Tensor weights = random.normal({num_tokens, k}, at::kFloat, GetParam());
+      const auto [rows, plain_scales] = permute_fp8(data, scales, permutation);
+      const auto [same_rows, weighted] = permute_fp8(data, scales, permutation, weights);
+      EXPECT_EQ(weighted.stride(0), 1);
+      const auto bytes = [](const at::Tensor& x) { return x.view(at::kByte); };
+      EXPECT_TRUE(same_bits(bytes(rows), bytes(same_rows)));
+      const at::Tensor expected =
+          reference::permute(bytes(data).to(at::kFloat), permutation).to(at::kByte);
+      EXPECT_TRUE(same_bits(bytes(rows), expected));
+      EXPECT_TRUE(same_bits(plain_scales, reference::permute(scales, permutation)));
+      const at::Tensor chosen = permutation.choice_of.clamp_min(0);
+      const at::Tensor weight_of_row = weights.flatten().index_select(0, chosen).unsqueeze(-1);
+      EXPECT_TRUE(close(weighted, reference::permute(scales, permutation) * weight_of_row, 0.0));
+    }
+  }
+}
+
+TEST_P(PermuteTest, OneExpertMayTakeEveryToken) {
+  test::Random random(test::fresh_seed());
+  const auto ints = at::TensorOptions(at::kInt).device(GetParam());
+  const Permutation permutation = make_permutation(at::full({300, 1}, 2, ints), 4);
+  const at::Tensor x = random.normal({300, 64}, at::kBFloat16, GetParam());
+  EXPECT_TRUE(same_bits(permute(x, permutation), x));
+  const at::Tensor weights = at::full({300, 1}, 1.0, ints.dtype(at::kFloat));
+  EXPECT_TRUE(same_bits(combine(x, weights, permutation, {}), x));
+}
+
+TEST_P(PermuteTest, TenRunsGiveTheSameBits) {
   test::Random random(test::fresh_seed());
   const at::Tensor experts = random.integers({3000, 6}, 64, GetParam());
-  const Permutation a = make_permutation(experts, 64), b = make_permutation(experts, 64);
-  EXPECT_TRUE(same_bits(a.row_of, b.row_of));
-  const at::Tensor rows = random.normal({18000, 40}, at::kBFloat16, GetParam());
-  const at::Tensor weights = random.normal({3000, 6}, at::kFloat, GetParam());
-  EXPECT_TRUE(same_bits(combine(rows, weights, a, {}), combine(rows, weights, b, {})));
+  const int64_t num_rows = make_permutation(experts, 64, 16).choice_of.size(0);
+  const at::Tensor values = random.normal({num_rows, 40}, at::kBFloat16, GetParam());
+  const at::Tensor given = random.normal({3000, 6}, at::kFloat, GetParam());
+  const auto run = [&]() -> std::vector<at::Tensor> {
+    const Permutation p = make_permutation(experts, 64, 16);
+    at::Tensor rows = values.detach().clone().set_requires_grad(true);
+    at::Tensor weights = given.detach().clone().set_requires_grad(true);
+    const at::Tensor y = combine(rows, weights, p, {});
+    y.sum().backward();
+    return {p.row_of, p.choice_of, y, rows.grad(), weights.grad()};
+  };
+  const auto first = run();
+  for (int i = 1; i < 10; ++i) {
+    const auto again = run();
+    for (size_t j = 0; j < first.size(); ++j) EXPECT_TRUE(same_bits(first[j], again[j])) << j;
+  }
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "ops/autograd.h"
+#include "support/finite_difference.h"
 #include "support/gradients.h"
 
 namespace dsv3 {
@@ -100,6 +101,86 @@ TEST_P(RmsNorm, AddedResidual) {
     test::expect_agree(run(dtype, device, 0), run(at::kDouble, at::kCPU, 1),
                        dtype == at::kBFloat16 ? run(dtype, device, 2) : Named{});
   }
+}
+
+TEST_P(RmsNorm, TwoNormsOfOneInput) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  for (const auto& [T, D, pad] : kSizes) {
+    SCOPED_TRACE(::testing::Message() << "T " << T << ", D " << D << ", pad " << pad);
+    const at::Tensor data = random.normal({T, D + pad}, dtype);
+    const at::Tensor w[2] = {random.normal({D}, dtype, at::kCPU, 0.3, 1.0),
+                             random.normal({D}, dtype, at::kCPU, 0.5, -1.0)};
+    const at::Tensor dy[2] = {random.normal({T, D}, dtype), random.normal({T, D}, dtype)};
+    const auto run = [&](at::ScalarType type, at::Device place, int kind) -> Named {
+      const at::Tensor big = test::leaf(data, type, place);
+      const at::Tensor x = big.narrow(1, pad / 2, D);
+      const auto bucket = kind == 0 ? at::kFloat : type;
+      ops::Weight weights[2] = {test::weight_of(w[0], type, place, bucket, 0.5),
+                                test::weight_of(w[1], type, place, bucket, -0.5)};
+      at::Tensor y[2];
+      if (kind == 2) {
+        for (int i = 0; i < 2; ++i) y[i] = composed(x, weights[i].value);
+      } else {
+        const auto [first, second] = ops::rms_norm_pair(x, weights[0], weights[1], kEps);
+        y[0] = first.value, y[1] = second.value;
+        EXPECT_TRUE(test::same_bits(first.remake(), y[0]));
+        EXPECT_TRUE(test::same_bits(second.remake(), y[1]));
+      }
+      test::backward({y[0], y[1]}, {dy[0], dy[1]});
+      Named result = {{"y", y[0]}, {"second y", y[1]}, {"dx", big.grad()}};
+      for (int i = 0; i < 2; ++i) {
+        const double start = i == 0 ? 0.5 : -0.5;
+        result.emplace_back(i == 0 ? "dweight" : "second dweight",
+                            kind == 2 ? weights[i].value.grad().add(start) : weights[i].grad);
+      }
+      return result;
+    };
+    const Named ours = run(dtype, device, 0);
+    test::expect_agree(ours, run(at::kDouble, at::kCPU, 1),
+                       dtype == at::kBFloat16 ? run(dtype, device, 2) : Named{});
+    const Named again = run(dtype, device, 0);
+    for (size_t i = 0; i < ours.size(); ++i) {
+      EXPECT_TRUE(test::same_bits(ours[i].second, again[i].second)) << ours[i].first;
+    }
+  }
+}
+
+TEST_P(RmsNorm, OneOfTwoNormsMayGoUnusedOrBeFrozen) {
+  const auto [device, dtype] = GetParam();
+  test::Random random(16);
+  const at::Tensor data = random.normal({70, 40}, dtype), g = random.normal({70, 40}, dtype);
+  const at::Tensor w = random.normal({40}, dtype), other = random.normal({40}, dtype);
+  const at::Tensor x = test::leaf(data, dtype, device), alone_x = test::leaf(data, dtype, device);
+  const ops::Weight alone = test::weight_of(w, dtype, device, at::kFloat);
+  test::backward({ops::rms_norm(alone_x, alone, kEps).value}, {g});
+  const ops::Weight frozen{test::leaf(other, dtype, device), {}};
+  const ops::Weight weight = test::weight_of(w, dtype, device, at::kFloat);
+  test::backward({ops::rms_norm_pair(x, frozen, weight, kEps).second.value}, {g});
+  EXPECT_TRUE(test::close(x.grad(), alone_x.grad(), test::tolerance(dtype)));
+  EXPECT_TRUE(test::close(weight.grad, alone.grad, test::tolerance(at::kFloat, 30)));
+}
+
+TEST_P(RmsNorm, GradientsAgreeWithDifferences) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const at::Tensor data = random.normal({19, 136}, dtype), dy = random.normal({19, 136}, dtype);
+  const at::Tensor w = random.normal({136}, dtype, at::kCPU, 0.3, 1.0);
+  const at::Tensor x = test::leaf(data, dtype, device);
+  const ops::Weight weight = test::weight_of(w, dtype, device, at::kFloat);
+  test::backward({ops::rms_norm(x, weight, kEps).value}, {dy});
+  const auto objective = [&](const std::vector<at::Tensor>& in) {
+    return ops::reference::rms_norm(in[0], in[1], kEps)
+        .mul(dy.to(at::kDouble))
+        .sum()
+        .item<double>();
+  };
+  EXPECT_TRUE(test::agrees_with_differences(objective, {data, w}, {x.grad(), weight.grad}, random,
+                                            dtype == at::kFloat ? 1e-5 : 2e-2));
 }
 
 TEST_P(RmsNorm, OneOutputOfTheSumMayGoUnused) {

@@ -54,6 +54,18 @@ std::vector<Case> cases() {
         .topk_group = 4,
         .scale = 2.5}},
       {9, {.num_experts = 384, .num_experts_per_token = 8}},
+      {70,
+       {.num_experts = 256,
+        .num_experts_per_token = 16,
+        .n_group = 16,
+        .topk_group = 5,
+        .sigmoid = false,
+        .group_score_top2 = false}},
+      {45, {.num_experts = 37, .num_experts_per_token = 5}},
+      {31, {.num_experts = 99, .num_experts_per_token = 7, .n_group = 9, .topk_group = 4}},
+      {35, {.num_experts = 300, .num_experts_per_token = 16, .n_group = 3, .topk_group = 2}},
+      {4500, {.num_experts = 64, .num_experts_per_token = 6, .n_group = 8, .topk_group = 3}},
+      {8300, {.num_experts = 8, .num_experts_per_token = 2, .n_group = 2, .topk_group = 1}},
       {3, {.num_experts = 512, .num_experts_per_token = 16, .n_group = 64, .topk_group = 2}},
       {21, {.num_experts = 64, .num_experts_per_token = 4, .n_group = 64, .topk_group = 40}},
       {0, {.num_experts = 8, .num_experts_per_token = 2}},
@@ -99,23 +111,29 @@ std::vector<int32_t> choose(const std::vector<T>& biased, const RouterOptions& o
   return result;
 }
 
-/// Every token's choice must be what plain loops choose from the same scores and bias.
+/// Every token's choice must be what plain loops choose from the same scores and bias, and the
+/// counts what they count.
 template <typename T>
 void expect_choices(const Routing& routing, const at::Tensor& bias, const RouterOptions& options) {
   const at::Tensor scores = routing.scores.detach().cpu(), experts = routing.experts.cpu();
-  const at::Tensor b = bias.defined() ? bias.cpu() : bias;
+  const at::Tensor b = bias.defined() ? bias.cpu() : bias, counts = routing.counts.cpu();
+  const auto num_experts = static_cast<size_t>(options.num_experts);
+  const auto num_choices = static_cast<size_t>(options.num_experts_per_token);
+  std::vector<int32_t> expected_counts(num_experts);
   for (int64_t t = 0; t < scores.size(0); ++t) {
-    std::vector<T> biased;
-    for (int64_t e = 0; e < options.num_experts; ++e) {
-      const T s = scores[t][e].item<T>();
-      biased.push_back(b.defined() ? s + b[e].item<T>() : s);
-    }
+    const T* const row = scores.const_data_ptr<T>() + t * options.num_experts;
+    std::vector<T> biased(row, row + num_experts);
+    for (size_t e = 0; b.defined() && e < num_experts; ++e) biased[e] += b.const_data_ptr<T>()[e];
     const auto expected = choose(biased, options);
-    for (int64_t k = 0; k < options.num_experts_per_token; ++k) {
-      ASSERT_EQ(experts[t][k].item<int32_t>(), expected[static_cast<size_t>(k)])
+    for (size_t k = 0; k < num_choices; ++k) {
+      const auto index = static_cast<size_t>(t) * num_choices + k;
+      ASSERT_EQ(experts.const_data_ptr<int32_t>()[index], expected[k])
           << "token " << t << ", choice " << k;
+      ++expected_counts[static_cast<size_t>(expected[k])];
     }
   }
+  const auto* data = counts.const_data_ptr<int32_t>();
+  EXPECT_EQ(std::vector<int32_t>(data, data + num_experts), expected_counts);
 }
 
 /// Scores and weights in float64, for the given choices.
@@ -159,32 +177,57 @@ TEST_P(RouterTest, ChoosesWeighsAndDifferentiatesAsPlainLoopsInFloat64) {
     EXPECT_TRUE(close(routing.weights, weights, 1e-6));
 
     const at::Tensor dweights = random.normal(weights.sizes(), at::kFloat, GetParam());
-    const at::Tensor dscores = random.normal(scores.sizes(), at::kFloat, GetParam());
-    ((routing.weights * dweights).sum() + (routing.scores * dscores).sum()).backward();
-    ((weights * dweights).sum() + (scores * dscores).sum()).backward();
+    (routing.weights * dweights).sum().backward();
+    (weights * dweights).sum().backward();
     expect_gradient(logits.grad(), exact.grad());
   }
 }
 
-TEST_P(RouterTest, GradientThroughWeightsAloneAndScoresAlone) {
+TEST_P(RouterTest, GradientAgreesWithFiniteDifferences) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(test::seed_text(seed));
   test::Random random(seed);
   for (const bool sigmoid : {true, false}) {
     const RouterOptions options{
         .num_experts = 12, .num_experts_per_token = 3, .sigmoid = sigmoid, .scale = 1.5};
-    for (const bool through_weights : {true, false}) {
-      at::Tensor logits = random.normal({17, 12}, at::kFloat, GetParam()).set_requires_grad(true);
-      at::Tensor exact = logits.detach().to(at::kDouble).set_requires_grad(true);
-      const Routing routing = route(logits, {}, options);
-      const auto [scores, weights] = weights_of(exact, routing.experts, options);
-      const at::Tensor d =
-          random.normal(through_weights ? weights.sizes() : scores.sizes(), at::kFloat, GetParam());
-      ((through_weights ? routing.weights : routing.scores) * d).sum().backward();
-      ((through_weights ? weights : scores) * d).sum().backward();
-      expect_gradient(logits.grad(), exact.grad());
-    }
+    at::Tensor logits = random.normal({17, 12}, at::kFloat, GetParam()).set_requires_grad(true);
+    const Routing routing = route(logits, {}, options);
+    const at::Tensor d = random.normal({17, 3}, at::kDouble, GetParam());
+    (routing.weights * d.to(at::kFloat)).sum().backward();
+    // The choice stays what it was, so that no step crosses a tie.
+    const at::Tensor direction = random.normal({17, 12}, at::kDouble, GetParam());
+    const auto at_step = [&](double step) {
+      const at::Tensor moved = logits.detach().to(at::kDouble) + direction * step;
+      return (weights_of(moved, routing.experts, options).second * d.to(at::kFloat)).sum();
+    };
+    const double slope = (at_step(1e-6) - at_step(-1e-6)).item<double>() / 2e-6;
+    const double got = (logits.grad().to(at::kDouble) * direction).sum().item<double>();
+    EXPECT_NEAR(got, slope, 1e-4 * (1.0 + logits.grad().norm().item<double>()));
   }
+}
+
+TEST_P(RouterTest, ChoosesWithoutABias) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  for (const auto& [num_tokens, options] : cases()) {
+    at::Tensor logits = random.normal({num_tokens, options.num_experts}, at::kFloat, GetParam());
+    logits = (logits * 4).round() / 4;
+    expect_choices<float>(route(logits, {}, options), {}, options);
+  }
+}
+
+TEST_P(RouterTest, AllTokensMayChooseTheSameExperts) {
+  test::Random random(test::fresh_seed());
+  const RouterOptions options{
+      .num_experts = 256, .num_experts_per_token = 8, .n_group = 8, .topk_group = 4};
+  const at::Tensor logits = random.normal({300, 256}, at::kFloat, GetParam());
+  at::Tensor bias = at::zeros({256}, logits.options());
+  for (int64_t k = 0; k < 8; ++k) bias[3 + 31 * (k / 2) + k] = 10.0 - static_cast<double>(k);
+  const Routing routing = route(logits, bias, options);
+  expect_choices<float>(routing, bias, options);
+  EXPECT_EQ(routing.counts.max().item<int32_t>(), 300);
+  EXPECT_EQ(routing.counts.gt(0).sum().item<int64_t>(), 8);
 }
 
 TEST_P(RouterTest, ReferenceChoosesAsPlainLoops) {
@@ -221,6 +264,36 @@ TEST_P(RouterTest, TheBiasChoosesAndTheWeightStaysTheAffinity) {
   EXPECT_NEAR(routing.weights[0][0].item<float>() / 9.3576e-14, 1.0, 1e-4);
 }
 
+// NUMERICS trap 4: near 0 the 1e-20 is as large as the scores and decides the weights; where they
+// vanish, it alone keeps 0/0 out of the weights and their gradient.
+TEST_P(RouterTest, WeightsOfVanishingScoresAreNormalisedWith1e20) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const RouterOptions options{.num_experts = 8, .num_experts_per_token = 3, .scale = 2.5};
+  for (const double level : {-44.0, -46.0, -60.0, -75.0, -200.0}) {
+    SCOPED_TRACE(testing::Message() << "logits near " << level);
+    at::Tensor logits = random.normal({9, 8}, at::kFloat, GetParam(), 0.5, level);
+    logits.set_requires_grad(true);
+    at::Tensor exact = logits.detach().to(at::kDouble).set_requires_grad(true);
+    const Routing routing = route(logits, {}, options);
+    const auto [scores, weights] = weights_of(exact, routing.experts, options);
+    const double expected = weights.detach().abs().max().item<double>();
+    EXPECT_LT(expected, level < -50 ? 1e-4 : 2.0);  // without the 1e-20 they sum to 2.5
+    if (level > -80) {
+      EXPECT_TRUE(close(routing.weights, weights, 1e-5));
+    } else {
+      EXPECT_EQ(routing.weights.abs().max().item<double>(), 0.0);
+    }
+    const at::Tensor dweights = random.normal(weights.sizes(), at::kFloat, GetParam());
+    (routing.weights * dweights).sum().backward();
+    (weights * dweights).sum().backward();
+    const at::Tensor error = logits.grad().to(at::kDouble) - exact.grad();
+    EXPECT_LE(error.norm().item<double>(), 1e-5 * exact.grad().norm().item<double>() + 1e-30)
+        << test::worst_element(logits.grad(), exact.grad());
+  }
+}
+
 TEST_P(RouterTest, UnchosenGroupsLoseEvenWhenEveryBiasIsNegative) {
   const auto float_options = at::TensorOptions(at::kFloat).device(GetParam());
   at::Tensor logits = at::zeros({1, 8}, float_options);
@@ -248,15 +321,24 @@ TEST_P(RouterTest, NotANumberStillGivesExpertsInRange) {
   }
 }
 
-TEST_P(RouterTest, TwoRunsGiveTheSameBits) {
+TEST_P(RouterTest, TenRunsGiveTheSameBits) {
   test::Random random(test::fresh_seed());
-  const at::Tensor logits = random.normal({500, 64}, at::kFloat, GetParam());
+  const at::Tensor bias = random.normal({64}, at::kFloat, GetParam());
+  at::Tensor logits = random.normal({5000, 64}, at::kFloat, GetParam());
+  const at::Tensor dweights = random.normal({5000, 6}, at::kFloat, GetParam());
   const RouterOptions options{
       .num_experts = 64, .num_experts_per_token = 6, .n_group = 8, .topk_group = 3};
-  const Routing a = route(logits, {}, options), b = route(logits, {}, options);
-  EXPECT_TRUE(same_bits(a.experts, b.experts));
-  EXPECT_TRUE(same_bits(a.weights, b.weights));
-  EXPECT_TRUE(same_bits(a.scores, b.scores));
+  const auto run = [&]() -> std::vector<at::Tensor> {
+    at::Tensor leaf = logits.detach().clone().set_requires_grad(true);
+    const Routing r = route(leaf, bias, options, {.num_sequences = 5, .valid = {}});
+    ((r.weights * dweights).sum() + r.balance_loss).backward();
+    return {r.experts, r.weights, r.scores, r.counts, r.balance_loss, leaf.grad()};
+  };
+  const auto first = run();
+  for (int i = 1; i < 10; ++i) {
+    const auto again = run();
+    for (size_t j = 0; j < first.size(); ++j) EXPECT_TRUE(same_bits(first[j], again[j])) << j;
+  }
 }
 
 TEST_P(RouterTest, ReadsStridedLogits) {

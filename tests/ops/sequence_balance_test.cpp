@@ -1,7 +1,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <set>
@@ -66,42 +66,82 @@ at::Tensor random_valid(test::Random& random, int64_t num_tokens, int64_t all_in
 }
 
 struct Case {
-  int64_t num_sequences, length, num_experts, k;
+  int64_t num_sequences, length;
+  RouterOptions options;
 };
+
+/// Selection by bias and groups must not touch the loss: cases with, without and with either.
+std::vector<Case> cases() {
+  return {{1, 1, {.num_experts = 1, .num_experts_per_token = 1}},
+          {2, 5, {.num_experts = 4, .num_experts_per_token = 2}},
+          {3, 130, {.num_experts = 16, .num_experts_per_token = 2, .n_group = 4, .topk_group = 2}},
+          {2, 257, {.num_experts = 64, .num_experts_per_token = 6, .sigmoid = false}},
+          {1, 40, {.num_experts = 256, .num_experts_per_token = 8, .n_group = 8, .topk_group = 4}},
+          {40, 3, {.num_experts = 20, .num_experts_per_token = 3}},
+          {1, 9000, {.num_experts = 8, .num_experts_per_token = 2}},
+          {1, 3, {.num_experts = 512, .num_experts_per_token = 16}}};
+}
+
+at::Tensor scores_of(const at::Tensor& logits, const RouterOptions& options) {
+  return options.sigmoid ? at::sigmoid(logits) : at::softmax(logits, -1);
+}
 
 TEST_P(SequenceBalanceTest, LossAndGradientAgreeWithFloat64) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(test::seed_text(seed));
   test::Random random(seed);
-  for (const auto& [b, length, e, k] : std::vector<Case>{{1, 1, 1, 1},
-                                                         {2, 5, 4, 2},
-                                                         {3, 130, 16, 2},
-                                                         {2, 257, 64, 6},
-                                                         {1, 40, 256, 8},
-                                                         {1, 3, 512, 16}}) {
-    for (const bool masked : {false, true}) {
-      SCOPED_TRACE(testing::Message() << "B " << b << ", S " << length << ", E " << e << ", K " << k
-                                      << (masked ? ", masked" : ""));
+  for (const auto& [b, length, options] : cases()) {
+    for (const int variant : {0, 1, 2}) {  // plain, with a bias, masked
+      SCOPED_TRACE(testing::Message() << "B " << b << ", S " << length << ", E "
+                                      << options.num_experts << ", variant " << variant);
+      const int64_t e = options.num_experts;
       // Values on a grid, so that FP32 and float64 rank alike, ties included.
       const at::Tensor raw = (random.normal({b * length, e}, at::kDouble) * 16).round() / 16;
-      const at::Tensor rounded = at::sigmoid(raw).to(at::kFloat);
+      const at::Tensor bias = random.normal({e}, at::kFloat, GetParam(), 0.3, -2.0);
       // The first sequence has no valid token at all.
-      const at::Tensor valid = masked ? random_valid(random, b * length, length) : at::Tensor();
-      at::Tensor exact = rounded.to(at::kDouble).set_requires_grad(true);
-      at::Tensor scores = rounded.to(GetParam()).detach().set_requires_grad(true);
-      const at::Tensor loss =
-          sequence_balance_loss(scores, masked ? valid.to(GetParam()) : valid, b, k);
-      const at::Tensor expected = sequence_balance_loss(exact, valid, b, k);
-      EXPECT_NEAR(expected.item<double>(), plain_loss(exact.detach(), valid, b, k),
-                  1e-12 * (1 + expected.item<double>()));
-      EXPECT_TRUE(close(loss, expected, 2e-6));
-      (loss * 0.5).backward();
+      const at::Tensor valid =
+          variant == 2 ? random_valid(random, b * length, length) : at::Tensor();
+      at::Tensor exact = raw.clone().set_requires_grad(true);
+      at::Tensor logits = raw.to(GetParam(), at::kFloat).detach().set_requires_grad(true);
+      const Routing routing =
+          route(logits, variant == 1 ? bias : at::Tensor(), options,
+                {.num_sequences = b, .valid = valid.defined() ? valid.to(GetParam()) : valid});
+      const at::Tensor expected =
+          reference::route(exact, {}, options, {.num_sequences = b, .valid = valid}).balance_loss;
+      const double plain =
+          plain_loss(scores_of(raw, options), valid, b, options.num_experts_per_token);
+      EXPECT_NEAR(expected.item<double>(), plain, 1e-12 * (1 + plain));
+      EXPECT_TRUE(close(routing.balance_loss, expected, 2e-6));
+      (routing.balance_loss * 0.5).backward();
       (expected * 0.5).backward();
       // c_i - Σ c s / Σ s cancels: a uniform row has gradient 0 and rounding only.
       const double size = exact.grad().norm().item<double>();
-      EXPECT_LE((scores.grad().cpu().to(at::kDouble) - exact.grad()).norm().item<double>(),
+      EXPECT_LE((logits.grad().cpu().to(at::kDouble) - exact.grad()).norm().item<double>(),
                 1e-5 * size + 1e-8);
     }
+  }
+}
+
+TEST_P(SequenceBalanceTest, GradientsOfWeightsAndLossAddUp) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  for (const auto& [b, length, options] : cases()) {
+    const at::Tensor raw =
+        (random.normal({b * length, options.num_experts}, at::kDouble) * 16).round() / 16;
+    const at::Tensor d =
+        random.normal({b * length, options.num_experts_per_token}, at::kDouble) * 1e-3;
+    at::Tensor exact = raw.clone().set_requires_grad(true);
+    at::Tensor logits = raw.to(GetParam(), at::kFloat).detach().set_requires_grad(true);
+    const SequenceBalance balance{.num_sequences = b, .valid = {}};
+    const Routing routing = route(logits, {}, options, balance);
+    const Routing expected = reference::route(exact, {}, options, balance);
+    EXPECT_TRUE(same_bits(routing.experts.cpu(), expected.experts));
+    ((routing.weights * d.to(logits.options())).sum() + routing.balance_loss).backward();
+    ((expected.weights * d).sum() + expected.balance_loss).backward();
+    const double size = exact.grad().norm().item<double>();
+    EXPECT_LE((logits.grad().cpu().to(at::kDouble) - exact.grad()).norm().item<double>(),
+              1e-5 * size + 1e-8);
   }
 }
 
@@ -109,34 +149,39 @@ TEST(SequenceBalanceReference, GradientAgreesWithFiniteDifferences) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(test::seed_text(seed));
   test::Random random(seed);
-  const int64_t b = 2, length = 6, e = 5, k = 2;
-  at::Tensor scores =
-      at::sigmoid(random.normal({b * length, e}, at::kDouble)).set_requires_grad(true);
+  const RouterOptions options{.num_experts = 5, .num_experts_per_token = 2};
+  const int64_t b = 2, length = 6;
+  at::Tensor logits = random.normal({b * length, 5}, at::kDouble).set_requires_grad(true);
   const at::Tensor valid = random_valid(random, b * length, 0);
-  reference::sequence_balance_loss(scores, valid, b, k).backward();
-  const at::Tensor direction = random.normal({b * length, e}, at::kDouble);
+  reference::route(logits, {}, options, {.num_sequences = b, .valid = valid})
+      .balance_loss.backward();
+  const at::Tensor direction = random.normal({b * length, 5}, at::kDouble);
   const double h = 1e-7;  // small enough not to change a selection, but for one draw in thousands
   const auto at_step = [&](double step) {
-    return plain_loss((scores.detach() + direction * step).contiguous(), valid, b, k);
+    return plain_loss(at::sigmoid(logits.detach() + direction * step), valid, b, 2);
   };
   const double slope = (at_step(h) - at_step(-h)) / (2 * h);
-  EXPECT_NEAR((scores.grad() * direction).sum().item<double>(), slope, 1e-6);
+  EXPECT_NEAR((logits.grad() * direction).sum().item<double>(), slope, 1e-6);
 }
 
 TEST_P(SequenceBalanceTest, DoesNotDependOnHowTheBatchIsSplit) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(test::seed_text(seed));
   test::Random random(seed);
-  const int64_t b = 4, length = 150, e = 16, k = 3;
-  const at::Tensor values = at::sigmoid(random.normal({b * length, e}, at::kFloat, GetParam()));
+  const RouterOptions options{.num_experts = 16, .num_experts_per_token = 3};
+  const int64_t b = 4, length = 1500;
+  const at::Tensor values = random.normal({b * length, 16}, at::kFloat, GetParam());
   const at::Tensor valid = random_valid(random, b * length, 0).to(GetParam());
   at::Tensor whole = values.detach().clone().set_requires_grad(true);
-  const at::Tensor loss = sequence_balance_loss(whole, valid, b, k);
+  const at::Tensor loss =
+      route(whole, {}, options, {.num_sequences = b, .valid = valid}).balance_loss;
   loss.backward();
   double sum = 0.0;
   for (int64_t i = 0; i < b; ++i) {
     at::Tensor part = values.narrow(0, i * length, length).detach().clone().set_requires_grad(true);
-    const at::Tensor piece = sequence_balance_loss(part, valid.narrow(0, i * length, length), 1, k);
+    const at::Tensor mask = valid.narrow(0, i * length, length);
+    const at::Tensor piece =
+        route(part, {}, options, {.num_sequences = 1, .valid = mask}).balance_loss;
     piece.backward();
     sum += piece.item<double>();
     EXPECT_TRUE(same_bits(part.grad(), whole.grad().narrow(0, i * length, length)));
@@ -144,18 +189,23 @@ TEST_P(SequenceBalanceTest, DoesNotDependOnHowTheBatchIsSplit) {
   EXPECT_NEAR(loss.item<double>(), sum, 1e-5 * sum);
 }
 
-TEST_P(SequenceBalanceTest, TwoRunsGiveTheSameBits) {
-  test::Random random(test::fresh_seed());
-  const at::Tensor scores = at::sigmoid(random.normal({1000, 24}, at::kFloat, GetParam()));
-  EXPECT_TRUE(
-      same_bits(sequence_balance_loss(scores, {}, 2, 4), sequence_balance_loss(scores, {}, 2, 4)));
+TEST_P(SequenceBalanceTest, NoTokensNoLoss) {
+  const at::Tensor logits = at::zeros({0, 8}, at::TensorOptions(at::kFloat).device(GetParam()));
+  const RouterOptions options{.num_experts = 8, .num_experts_per_token = 2};
+  const Routing routing = route(logits, {}, options, {.num_sequences = 2, .valid = {}});
+  EXPECT_EQ(routing.balance_loss.item<float>(), 0.0f);
+  EXPECT_EQ(routing.counts.sum().item<int64_t>(), 0);
 }
 
 TEST(SequenceBalanceErrors, NameWhatIsWrong) {
-  const at::Tensor scores = at::zeros({6, 4});
-  EXPECT_THROW(sequence_balance_loss(scores, {}, 4, 2), std::invalid_argument);
-  EXPECT_THROW(sequence_balance_loss(scores, {}, 2, 5), std::invalid_argument);
-  EXPECT_THROW(sequence_balance_loss(scores, at::zeros({6}), 2, 2), std::invalid_argument);
+  const at::Tensor logits = at::zeros({6, 4});
+  const RouterOptions options{.num_experts = 4, .num_experts_per_token = 2};
+  EXPECT_THROW(route(logits, {}, options, {.num_sequences = 4, .valid = {}}),
+               std::invalid_argument);
+  EXPECT_THROW(route(logits, {}, options, {.num_sequences = 2, .valid = at::zeros({6})}),
+               std::invalid_argument);
+  EXPECT_THROW(route(logits, {}, options, {.num_sequences = 2, .valid = at::zeros({5}, at::kBool)}),
+               std::invalid_argument);
 }
 
 }  // namespace

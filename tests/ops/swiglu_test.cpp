@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "support/finite_difference.h"
 #include "support/gradients.h"
 
 namespace dsv3 {
@@ -46,6 +47,70 @@ TEST_P(Swiglu, ForwardAndGradients) {
   }
 }
 
+TEST_P(Swiglu, RoutingWeightAndItsGradient) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const std::pair<int64_t, int64_t> sizes[] = {{1, 1},    {3, 5},   {1, 64},   {129, 96},
+                                               {17, 704}, {40, 33}, {5, 2048}, {2, 18432},
+                                               {0, 16},   {1000, 8}};
+  for (const auto& [T, I] : sizes) {
+    SCOPED_TRACE(::testing::Message() << "T " << T << ", I " << I);
+    const at::Tensor data = random.normal({T, 2 * I}, dtype, at::kCPU, 3.0);
+    const at::Tensor weights = random.normal({T}, at::kFloat, at::kCPU, 0.3, 0.5);
+    const at::Tensor dy = random.normal({T, I}, dtype);
+    const auto run = [&, I = I](at::ScalarType type, at::Device place, int kind) -> Named {
+      const at::Tensor x = test::leaf(data, type, place);
+      const auto wide = type == at::kDouble ? at::kDouble : at::kFloat;
+      const at::Tensor w = test::leaf(weights, wide, place);
+      at::Tensor y;
+      if (kind == 2) {
+        y = at::silu(x.narrow(1, 0, I)).mul(x.narrow(1, I, I)).mul(w.unsqueeze(1).to(type));
+      } else {
+        const auto result = ops::weighted_swiglu(x, w);
+        y = result.value;
+        EXPECT_TRUE(test::same_bits(result.remake(), y));
+      }
+      test::backward({y}, {dy});
+      return {{"y", y}, {"dgate_up", x.grad()}, {"drow_weight", w.grad()}};
+    };
+    Named ours = run(dtype, device, 0), oracle = run(at::kDouble, at::kCPU, 1);
+    // A row's terms may cancel.
+    const at::Tensor wide = data.to(at::kDouble);
+    const at::Tensor terms = ops::reference::swiglu(wide).mul(dy.to(at::kDouble)).abs().sum(1);
+    EXPECT_TRUE(test::close_to_terms(ours[2].second, oracle[2].second, terms,
+                                     test::tolerance(at::kFloat, 30)));
+    const Named kept = ours;
+    ours.pop_back();
+    oracle.pop_back();
+    test::expect_agree(ours, oracle, dtype == at::kBFloat16 ? run(dtype, device, 2) : Named{});
+    for (int repeat = 1; repeat < 10; ++repeat) {
+      const Named again = run(dtype, device, 0);
+      for (size_t i = 0; i < kept.size(); ++i) {
+        EXPECT_TRUE(test::same_bits(kept[i].second, again[i].second)) << kept[i].first;
+      }
+    }
+  }
+}
+
+TEST_P(Swiglu, GradientsAgreeWithDifferences) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const at::Tensor data = random.normal({23, 2 * 40}, dtype), dy = random.normal({23, 40}, dtype);
+  const at::Tensor weights = random.normal({23}, at::kFloat);
+  const at::Tensor x = test::leaf(data, dtype, device);
+  const at::Tensor w = test::leaf(weights, at::kFloat, device);
+  test::backward({ops::weighted_swiglu(x, w).value}, {dy});
+  const auto objective = [&](const std::vector<at::Tensor>& in) {
+    return ops::reference::swiglu(in[0], in[1]).mul(dy.to(at::kDouble)).sum().item<double>();
+  };
+  EXPECT_TRUE(test::agrees_with_differences(objective, {data, weights}, {x.grad(), w.grad()},
+                                            random, dtype == at::kFloat ? 1e-5 : 2e-2));
+}
+
 TEST_P(Swiglu, FarGatesNeitherOverflowNorVanish) {
   const auto [device, dtype] = GetParam();
   const double infinity = std::numeric_limits<double>::infinity();
@@ -79,6 +144,19 @@ TEST_P(Swiglu, NotANumberStays) {
   x.select(1, 3).fill_(std::numeric_limits<double>::quiet_NaN());
   const at::Tensor y = ops::swiglu(x).value;
   EXPECT_EQ(y.isnan().sum().item<int64_t>(), 1);
+}
+
+TEST(SwigluErrors, RowWeight) {
+  test::Random random(3);
+  const at::Tensor x = random.normal({2, 8}, at::kBFloat16);
+  try {
+    ops::weighted_swiglu(x, random.normal({3}, at::kFloat));
+    FAIL();
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "[weighted_swiglu] row_weight: expected shape [2], got [3]");
+  }
+  EXPECT_THROW(ops::weighted_swiglu(x, random.normal({2}, at::kBFloat16)), std::invalid_argument);
+  EXPECT_THROW(ops::weighted_swiglu(x, at::Tensor()), std::invalid_argument);
 }
 
 TEST(SwigluErrors, OddWidth) {

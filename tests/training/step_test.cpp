@@ -102,8 +102,9 @@ TEST_P(StepTest, RecomputationChangesNoGradientAndCountsNoTokenTwice) {
   const auto expected = run({whole}, options);
   const int64_t layers = expected.sums.loads.size(0);
   EXPECT_EQ(layers, 2);  // the MoE layer and the MTP module's
+  // The MTP module has no token at a sequence's last place.
   EXPECT_EQ(expected.sums.loads.sum().item<int64_t>(),
-            layers * 3 * 17 * config_.moe.num_experts_per_token);
+            3 * (17 + 16) * config_.moe.num_experts_per_token);
   for (const auto policy : {Recompute::kSelective, Recompute::kFull}) {
     GradientOptions again = options;
     again.recompute = policy;
@@ -149,6 +150,25 @@ TEST(GlobalBatch, CountsValidLabelsByDepthAndDocument) {
   global = make_global_batch({batch, batch}, 2, true);
   EXPECT_EQ(global.mtp_valid, (std::vector<int64_t>{4, 0}));
   EXPECT_FALSE(to_device(batch, at::Device(at::kCPU), false).documents.defined());
+  EXPECT_FALSE(to_device(batch, at::Device(at::kCPU), true).valid.defined());
+}
+
+// Padding is told by its document; an ignored label before a border is a real token.
+TEST(GlobalBatch, PaddingIsMarkedForTheModel) {
+  const Batch batch{
+      .num_sequences = 2,
+      .sequence_length = 3,
+      .tokens = {1, 2, 9, 9, 9, 9},
+      .labels = {kIgnoreLabelId, 3, kIgnoreLabelId, kIgnoreLabelId, kIgnoreLabelId, kIgnoreLabelId},
+      .positions = {0, 1, 2, 0, 1, 2},
+      .documents = {0, 0, kPaddingDocument, kPaddingDocument, kPaddingDocument, kPaddingDocument}};
+  for (const bool mask : {false, true}) {
+    const TokenBatch tokens = to_device(batch, at::Device(at::kCPU), mask);
+    EXPECT_EQ(tokens.documents.defined(), mask);
+    ASSERT_TRUE(tokens.valid.defined());
+    for (int64_t i = 0; i < 6; ++i) EXPECT_EQ(tokens.valid[i].item<bool>(), i < 2) << i;
+  }
+  EXPECT_EQ(make_global_batch({batch}, 0, false).sequences, 1);
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, StepTest, testing::ValuesIn(test::devices()),

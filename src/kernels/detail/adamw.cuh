@@ -7,6 +7,7 @@
 #include "kernels/detail/adamw.h"
 #include "kernels/detail/ptx.cuh"
 #include "kernels/detail/vector.cuh"
+#include "kernels/detail/words.cuh"
 
 namespace dsv3::kernels::cuda::detail {
 
@@ -18,6 +19,7 @@ using kernels::detail::Rounded;
 struct FastMath {
   __device__ static float root(float x) { return ptx::sqrt_approx(x); }
   __device__ static float quotient(float a, float b) { return a * ptx::reciprocal_approx(b); }
+  __device__ static float sum(float a, float b, float c) { return fmaf(a, b, c); }
 };
 
 /// The factors of a step whose number only the device knows.
@@ -78,94 +80,127 @@ __device__ __forceinline__ void ema8(const AdamW& p, const float (&w)[kVector], 
   float mean[kVector];
   load8(ema, mean);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) mean[e] += (1.0f - p.ema_decay) * (w[e] - mean[e]);
+  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(1.0f - p.ema_decay, w[e] - mean[e], mean[e]);
   store8_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 template <bool kStochastic, typename E>
 __device__ __forceinline__ void ema1(const AdamW& p, float w, int64_t i) {
   E* const ema = static_cast<E*>(p.ema) + i;
   float mean = to_float(*ema);
-  mean += (1.0f - p.ema_decay) * (w - mean);
+  mean = fmaf(1.0f - p.ema_decay, w - mean, mean);
   store1_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 
-/// Elements i … i + 7, 16-byte aligned; `w` becomes the new weights as they are kept.
-template <typename W, typename G, typename M, bool kStochastic>
+/// The types of a range: weights, gradients, moments, whether there is a master, whether what is
+/// BF16 is rounded at random.
+template <typename W, typename G, typename M, bool kHasMaster, bool kRoundsAtRandom>
+struct AdamWTypes {
+  using Weight = W;
+  using Gradient = G;
+  using Moment = M;
+  using Kept = std::conditional_t<kHasMaster, float, W>;  // what the update starts from
+  static constexpr bool kMaster = kHasMaster, kStochastic = kRoundsAtRandom;
+};
+
+/// Where the weight that the update starts from stands.
+template <typename Types>
+__device__ __forceinline__ typename Types::Kept* kept_weights(const AdamW& p) {
+  if constexpr (Types::kMaster) return p.master;
+  return static_cast<typename Types::Kept*>(p.weights);
+}
+
+/// Elements i … i + 7, 16-byte aligned; `w` becomes the new weights as they are kept. All four
+/// loads are asked for before the first is used.
+template <typename Types>
 __device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, float gradient_scale,
                                         int64_t i, float (&w)[kVector]) {
-  W* const weights = static_cast<W*>(p.weights) + i;
+  using M = typename Types::Moment;
+  auto* const kept = kept_weights<Types>(p) + i;
   M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
   M* const exp_avg_sq = static_cast<M*>(p.exp_avg_sq) + i;
+  Words8<typename Types::Gradient> g_words;
+  Words8<typename Types::Kept> w_words;
+  Words8<M> m_words, v_words;
+  g_words.load(static_cast<const typename Types::Gradient*>(p.gradients) + i);
+  m_words.load(exp_avg);
+  v_words.load(exp_avg_sq);
+  w_words.load(kept);
   float g[kVector], m[kVector], v[kVector];
-  load8(static_cast<const G*>(p.gradients) + i, g);
-  load8(exp_avg, m);
-  load8(exp_avg_sq, v);
-  if (p.master != nullptr) {
-    load8(p.master + i, w);
-  } else {
-    load8(weights, w);
-  }
+  unpack(g_words, g);
+  unpack(m_words, m);
+  unpack(v_words, v);
+  unpack(w_words, w);
   const int64_t decayed = p.decay_end - i;
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
-    kernels::detail::adamw_element<FastMath>(f, e < decayed ? f.decay : 0.0f, g[e] * gradient_scale,
-                                             w[e], m[e], v[e]);
+    kernels::detail::adamw_element<FastMath>(f, e < decayed ? f.decay : 0.0f,
+                                             __fmul_rn(g[e], gradient_scale), w[e], m[e], v[e]);
   }
-  store8_rounded<kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
-  store8_rounded<kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
-  if (p.master == nullptr) {
-    store8_rounded<kStochastic>(p, weights, w, i, Rounded::kWeight);
-  } else {
-    store8(p.master + i, w);
-    if (p.weights != nullptr) store8(weights, w);
+  store8_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
+  store8_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
+  store8_rounded<Types::kStochastic>(p, kept, w, i, Rounded::kWeight);
+  if constexpr (Types::kMaster) {
+    if (p.weights != nullptr) store8(static_cast<typename Types::Weight*>(p.weights) + i, w);
   }
   if (p.ema == nullptr) return;
   if (p.ema_dtype == DType::kBF16) {
-    ema8<kStochastic, __nv_bfloat16>(p, w, i);
+    ema8<Types::kStochastic, __nv_bfloat16>(p, w, i);
   } else {
-    ema8<kStochastic, float>(p, w, i);
+    ema8<Types::kStochastic, float>(p, w, i);
   }
 }
 
 /// Element i alone; returns the new weight as it is kept.
-template <typename W, typename G, typename M, bool kStochastic>
+template <typename Types>
 __device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_scale, int64_t i) {
-  W* const weight = static_cast<W*>(p.weights) + i;
+  using M = typename Types::Moment;
+  auto* const kept = kept_weights<Types>(p) + i;
   M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
   M* const exp_avg_sq = static_cast<M*>(p.exp_avg_sq) + i;
-  float w = p.master != nullptr ? p.master[i] : to_float(*weight);
-  float m = to_float(*exp_avg), v = to_float(*exp_avg_sq);
-  const float g = to_float(static_cast<const G*>(p.gradients)[i]) * gradient_scale;
+  float w = to_float(*kept), m = to_float(*exp_avg), v = to_float(*exp_avg_sq);
+  const float g = __fmul_rn(to_float(static_cast<const typename Types::Gradient*>(p.gradients)[i]),
+                            gradient_scale);
   kernels::detail::adamw_element<FastMath>(f, i < p.decay_end ? f.decay : 0.0f, g, w, m, v);
-  store1_rounded<kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
-  store1_rounded<kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
-  if (p.master == nullptr) {
-    store1_rounded<kStochastic>(p, weight, w, i, Rounded::kWeight);
-  } else {
-    p.master[i] = w;
-    if (p.weights != nullptr) *weight = from_float<W>(w);
+  store1_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
+  store1_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
+  store1_rounded<Types::kStochastic>(p, kept, w, i, Rounded::kWeight);
+  if constexpr (Types::kMaster) {
+    using W = typename Types::Weight;
+    if (p.weights != nullptr) static_cast<W*>(p.weights)[i] = from_float<W>(w);
   }
   if (p.ema == nullptr) return w;
   if (p.ema_dtype == DType::kBF16) {
-    ema1<kStochastic, __nv_bfloat16>(p, w, i);
+    ema1<Types::kStochastic, __nv_bfloat16>(p, w, i);
   } else {
-    ema1<kStochastic, float>(p, w, i);
+    ema1<Types::kStochastic, float>(p, w, i);
   }
   return w;
 }
 
-/// Calls launch(weight type, gradient type, moment type, stochastic as a constant).
+/// Calls launch(AdamWTypes of the range); check_adamw has run.
 template <typename Launch>
 void dispatch_adamw(const AdamW& p, const Launch& launch) {
-  dispatch_float("adamw", p.weight_dtype, [&](auto* weight) {
-    dispatch_float("adamw", p.gradient_dtype, [&](auto* gradient) {
-      dispatch_float("adamw", p.moment_dtype, [&](auto* moment) {
-        if (p.stochastic_rounding) {
-          launch(weight, gradient, moment, std::true_type());
+  dispatch_float("adamw", p.gradient_dtype, [&](auto* gradient) {
+    using G = std::remove_pointer_t<decltype(gradient)>;
+    dispatch_float("adamw", p.moment_dtype, [&](auto* moment) {
+      using M = std::remove_pointer_t<decltype(moment)>;
+      const auto rounded = [&](auto stochastic) {
+        constexpr bool kStochastic = decltype(stochastic)::value;
+        if (p.weight_dtype == DType::kF32) {
+          launch(AdamWTypes<float, G, M, false, kStochastic>());
+        } else if (p.weight_dtype != DType::kBF16) {
+          kernels::detail::raise_dtype("adamw", p.weight_dtype);
+        } else if (p.master != nullptr) {
+          launch(AdamWTypes<__nv_bfloat16, G, M, true, kStochastic>());
         } else {
-          launch(weight, gradient, moment, std::false_type());
+          launch(AdamWTypes<__nv_bfloat16, G, M, false, kStochastic>());
         }
-      });
+      };
+      if (p.stochastic_rounding) {
+        rounded(std::true_type());
+      } else {
+        rounded(std::false_type());
+      }
     });
   });
 }

@@ -38,25 +38,31 @@ inline AdamWFactors adamw_factors(const AdamW& p) {
           .eps = p.eps};
 }
 
-/// Updates weight w and moments m, v from the clipped gradient g. Math has root(x) and
-/// quotient(a, b); `decay` is f.decay or 0.
+/// Updates weight w and moments m, v from the clipped gradient g. Math has root(x), quotient(a, b)
+/// and sum(a, b, c) = a·b + c; `decay` is f.decay or 0. Note: with an explicit FMA for sum() no
+/// compiler is free to round one use of this otherwise than another.
 template <typename Math>
 DSV3_ADAMW_INLINE void adamw_element(const AdamWFactors& f, float decay, float g, float& w,
                                      float& m, float& v) {
-  m += f.gain1 * (g - m);
-  v = f.beta2 * v + f.gain2 * g * g;
-  w -= decay * w;
-  w -= f.step_size * Math::quotient(m, Math::root(v) * f.root_scale + f.eps);
+  m = Math::sum(f.gain1, g - m, m);
+  v = Math::sum(f.gain2 * g, g, f.beta2 * v);
+  w = Math::sum(-decay, w, w);
+  const float root = Math::sum(Math::root(v), f.root_scale, f.eps);
+  w = Math::sum(-f.step_size, Math::quotient(m, root), w);
 }
 
 /// Which of an element's numbers is rounded.
 enum class Rounded : uint32_t { kWeight = 0, kExpAvg = 1, kExpAvgSq = 2, kEma = 3 };
 
+/// The upper half of Philox's counter; the lower is an element's index / 8, the key the seed.
+DSV3_ADAMW_INLINE uint64_t rounding_counter(const AdamW& p, Rounded what) {
+  return 4 * p.step + static_cast<uint64_t>(what);
+}
+
 /// Random words for the eight elements of which `index` (among all of the run) is one: element e of
 /// them takes 16 bits, the lower (e even) or upper (e odd) half of word e / 2.
 DSV3_ADAMW_INLINE Philox4 rounding_words(const AdamW& p, int64_t index, Rounded what) {
-  return philox4x32(p.seed, static_cast<uint64_t>(index) / 8,
-                    4 * p.step + static_cast<uint64_t>(what));
+  return philox4x32(p.seed, static_cast<uint64_t>(index) / 8, rounding_counter(p, what));
 }
 DSV3_ADAMW_INLINE uint32_t rounding_bits(const Philox4& words, int element) {
   return (words.word[element / 2] >> (element % 2 * 16)) & 0xffffu;

@@ -103,6 +103,11 @@ struct TileValues {
   __device__ __forceinline__ void set(int j, const float (&v)[8]) {
     rows[j].set(v);
   }
+  /// See Packed.
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int j = 0; j < kBand; ++j) rows[j].forget();
+  }
   __device__ __forceinline__ float at(int j, int e) const {
     return rows[j].at(e);
   }
@@ -126,6 +131,10 @@ struct TileValues<uint8_t> {
       }
       raw[j] = make_uint2(words[0], words[1]);
     }
+  }
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int j = 0; j < kBand; ++j) asm volatile("" : "+r"(raw[j].x), "+r"(raw[j].y));
   }
   __device__ __forceinline__ float at(int j, int e) const {
     return __fmul_rn(decode(raw[j], e), scale[j]);
@@ -191,11 +200,12 @@ __device__ __forceinline__ int swizzle(int column, int pair) {
 /// 128×1 tiles of all 128 rows, transposed; `padded` = tokens of the output. All threads of the
 /// block call it; `shared` may be used again at once by another call.
 template <typename Values>
-__device__ __forceinline__ void emit_columns(const Values& values, const Fp8Columns& out,
+__device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& out,
                                              const ScaleRule& rule, const TilePlace& place,
                                              int64_t padded, ColumnShared& shared) {
   const int octet = tile_octet(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float amax[8];
+  values.forget();
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     amax[e] = 0.0f;
@@ -218,6 +228,7 @@ __device__ __forceinline__ void emit_columns(const Values& values, const Fp8Colu
   }
   __syncthreads();
   const int band = threadIdx.x / 16;
+  values.forget();
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int column = 8 * octet + e;

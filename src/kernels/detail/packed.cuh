@@ -17,6 +17,10 @@ struct Packed<__nv_bfloat16> {
   uint4 raw;
 
   __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
+  /// What was widened before is widened again after, instead of being kept in registers.
+  __device__ __forceinline__ void forget() {
+    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+  }
   /// Read once, so that the caches keep what is read again (weights).
   __device__ __forceinline__ void load_once(const __nv_bfloat16* x) {
     raw = __ldcs(reinterpret_cast<const uint4*>(x));
@@ -46,6 +50,7 @@ template <>
 struct Packed<float> {
   float v[kVector];
 
+  __device__ __forceinline__ void forget() {}
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) v[e] = 0.0f;

@@ -18,4 +18,7 @@ inline int permutation_chunks(int64_t num_choices) {
 /// Throws std::invalid_argument when a size is out of range.
 void check_permutation_shape(const MakePermutation& p);
 
+/// Throws std::invalid_argument on a dtype or number of choices that permute has no body for.
+void check_permute(const PermuteForward& p);
+
 }  // namespace dsv3::kernels::detail

@@ -69,10 +69,14 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   DSV3_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
-__device__ __forceinline__ void store_cluster(uint32_t address, uint4 v) {
-  DSV3_SM90("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
-            "r"(v.z), "r"(v.w)
-            : "memory");
+/// Stores to another block's shared memory without waiting, and counts the 16 bytes at that block's
+/// barrier; both addresses are cluster_address's.
+__device__ __forceinline__ void store_cluster(uint32_t address, uint4 v, uint32_t barrier) {
+  DSV3_SM90(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
 }
 
 // Bulk copies between device and shared memory, 16-byte aligned, a multiple of 16 bytes.
@@ -98,6 +102,20 @@ __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t par
       "{\n"
       ".reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+/// The same where other blocks of the cluster stored (store_cluster) what is read then.
+__device__ __forceinline__ bool barrier_try_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  uint32_t over = 0;
+  DSV3_SM90(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}\n"
       : "=r"(over)

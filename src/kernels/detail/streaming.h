@@ -17,7 +17,7 @@ namespace dsv3::kernels::cpu::detail {
 /// Tensors from this size on are written past the caches.
 inline constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
 
-/// Elements of a row that are made in the first cache level before they leave.
+/// Elements of a row that are made in the first cache level before they leave; a multiple of 128.
 inline constexpr int64_t kStaged = 1024;
 
 /// Copies past the caches. stream_fence() must follow before another thread reads.
