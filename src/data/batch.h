@@ -8,6 +8,12 @@ namespace dsv3 {
 inline constexpr int32_t kIgnoreLabelId = -100;
 inline constexpr int32_t kPaddingDocument = -1;
 
+/// Which sample of which source a sequence is; Loader::describe() tells its documents.
+struct SampleOrigin {
+  int32_t source = -1;  // of the loader's sources; -1: padding only
+  int64_t index = 0;    // sample of that source, counted over epochs
+};
+
 /// B packed sequences of S tokens on the host, row by row.
 struct Batch {
   int64_t num_sequences = 0;       // B
@@ -18,6 +24,7 @@ struct Batch {
   // [B·S] index of the document within its sequence; kPaddingDocument where the row holds no token
   // of the data. A label may be ignored at a real token too: only this tells the two apart.
   std::vector<int32_t> documents;
+  std::vector<SampleOrigin> origins = {};  // [B]; empty: not known
 };
 
 }  // namespace dsv3

@@ -9,6 +9,7 @@
 #include "ops/attention_cuda.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -132,6 +133,7 @@ Tensors run_backward(Body body, const AttentionInputs& in, const AttentionOption
 }  // namespace
 
 at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options) {
+  const Range range("attention");
   check(inputs, options);
   const Body body = choose(inputs, options);
   if (body == Body::kReference) return reference::attention(inputs, options);

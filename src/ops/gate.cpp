@@ -6,6 +6,7 @@
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
 #include "ops/gate_split.h"
+#include "ops/range.h"
 #include "ops/weight_grad.h"
 
 namespace dsv3::ops {
@@ -50,6 +51,7 @@ at::Tensor gate_gradient(const at::Tensor& dlogits, const at::Tensor& x, const W
 }
 
 at::Tensor gate(const Remakable& x, const Weight& weight) {
+  const Range range("gate");
   check_gate(x.value, weight.value);
   at::Tensor y;
   {

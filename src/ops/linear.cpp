@@ -8,6 +8,7 @@
 #include "kernels/products.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 #include "ops/weight_grad.h"
 
 namespace dsv3::ops {
@@ -62,6 +63,7 @@ at::Tensor grouped_product(const at::Tensor& x, const at::Tensor& weights,
 }  // namespace
 
 at::Tensor linear(const Remakable& x, const Weight& weight) {
+  const Range range("linear");
   check_linear("linear", x.value, weight.value);
   at::Tensor y;
   {
@@ -88,6 +90,7 @@ at::Tensor linear(const at::Tensor& x, const Weight& weight) {
 }
 
 at::Tensor grouped_linear(const Remakable& x, const Weight& weight, const at::Tensor& offsets) {
+  const Range range("grouped_linear");
   check_linear("grouped_linear", x.value, weight.value);
   require(weight.value.dim() == 3, "[grouped_linear] weight: expected [E, N, K], got {} dims",
           weight.value.dim());

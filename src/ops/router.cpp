@@ -7,6 +7,7 @@
 #include "kernels/routing.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -114,6 +115,7 @@ Routing run(const at::Tensor& logits, const at::Tensor& bias, const kernels::Rou
 
 Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options,
               const SequenceBalance& balance) {
+  const Range range("route");
   check_route(logits, bias, options, balance);
   if (logits.scalar_type() == at::kDouble) return reference::route(logits, bias, options, balance);
   const bool with_loss = balance.num_sequences > 0;

@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "ops/autograd.h"
+#include "ops/range.h"
 
 namespace dsv3 {
 namespace {
@@ -22,11 +23,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 at::Tensor scalar_on(const at::Device& device, double value) {
   return at::full({}, value, at::TensorOptions(at::kFloat).device(device));
-}
-
-/// A batch without a valid token (or sequence) weighs nothing, and divides by nothing.
-double one_over(int64_t count) {
-  return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
 
 LossScales make_scales(const GlobalBatch& batch, const GradientOptions& options) {
@@ -54,14 +50,27 @@ at::Tensor scalars_of(const LossOutput& output) {
 
 }  // namespace
 
+double one_over(int64_t count) {
+  return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
+}
+
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
                               const GradientOptions& options) {
   const LossScales scales = make_scales(batch, options);
   StepSums sums;
-  for (const auto& micro_batch : batch.micro_batches) {
-    const TokenBatch tokens = to_device(micro_batch, options.device, options.mask_documents);
-    const LossOutput output = model.loss(tokens, scales, options.recompute);
-    output.objective.backward();
+  for (size_t i = 0; i < batch.micro_batches.size(); ++i) {
+    const ops::Range range("micro-batch", static_cast<int64_t>(i));
+    const TokenBatch tokens =
+        to_device(batch.micro_batches[i], options.device, options.mask_documents);
+    LossOutput output;
+    {
+      const ops::Range forward("forward");
+      output = model.loss(tokens, scales, options.recompute);
+    }
+    {
+      const ops::Range backward("backward");
+      output.objective.backward();
+    }
     const ops::NoRecord guard;
     const at::Tensor scalars = scalars_of(output);
     sums.scalars = sums.scalars.defined() ? sums.scalars + scalars : scalars;
@@ -76,7 +85,8 @@ PendingNumbers::PendingNumbers(const StepSums& sums, const GradientNorm& norm,
                                const GlobalBatch& batch)
     : valid_(batch.valid), sequences_(batch.sequences), mtp_valid_(batch.mtp_valid) {
   const ops::NoRecord guard;
-  std::vector<at::Tensor> parts{sums.scalars, norm.norm.to(at::kDouble).reshape({1})};
+  std::vector<at::Tensor> parts{sums.scalars, norm.norm.to(at::kDouble).reshape({1}),
+                                norm.skip.to(at::kDouble).reshape({1})};
   if (sums.loads.defined()) {
     moe_layers_ = sums.loads.size(0);
     const at::Tensor loads = sums.loads.to(at::kDouble);
@@ -115,8 +125,9 @@ StepNumbers PendingNumbers::wait() {
   }
   const auto* rest = values + 3 + 2 * depths;
   numbers.grad_norm = rest[0];
-  numbers.max_violation = moe_layers_ > 0 ? rest[1] : kNan;
-  numbers.load_imbalance = moe_layers_ > 0 ? rest[2] : kNan;
+  numbers.skip = static_cast<int>(rest[1]);
+  numbers.max_violation = moe_layers_ > 0 ? rest[2] : kNan;
+  numbers.load_imbalance = moe_layers_ > 0 ? rest[3] : kNan;
   numbers.balance_loss = moe_layers_ > 0 ? values[2] * one_over(sequences_ * moe_layers_) : kNan;
   return numbers;
 }

@@ -35,9 +35,13 @@ struct StepSums {
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
                               const GradientOptions& options);
 
+/// 1 / count; 0 for a batch without a valid token (or sequence), which weighs nothing.
+double one_over(int64_t count);
+
 /// The numbers of one step that leave the device, in one small copy.
 struct StepNumbers {
   double loss = 0, accuracy = 0, grad_norm = 0;
+  int skip = 0;                             // why the step changed nothing (GradientNorm::skip)
   double mtp_loss = 0, mtp_acceptance = 0;  // NaN without MTP; the loss is the mean over depths
   double balance_loss = 0;                  // per sequence, mean over MoE layers; NaN without
   double max_violation = 0, load_imbalance = 0;  // NaN without MoE layers

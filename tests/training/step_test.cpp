@@ -1,8 +1,10 @@
 #include "training/step.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
 #include <gtest/gtest.h>
 
+#include "kernels/optimizer.h"
 #include "support/compare.h"
 #include "training/tiny.h"
 
@@ -117,7 +119,9 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
   EXPECT_EQ(global.tokens, 48);
   EXPECT_EQ(global.sequences, 4);
   const auto outcome = run(split(whole, 1), {.mtp_weight = 0.3});
-  const GradientNorm norm{outcome.gradients.norm(), {}};
+  const GradientNorm norm{
+      outcome.gradients.norm(),
+      at::full({}, kernels::kSkipSpike, at::TensorOptions(at::kInt).device(GetParam()))};
   const auto numbers = PendingNumbers(outcome.sums, norm, global).wait();
   EXPECT_NEAR(numbers.loss, std::log(264.0), 0.5);  // random weights guess evenly
   EXPECT_NEAR(numbers.mtp_loss, std::log(264.0), 0.5);
@@ -130,6 +134,7 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
     worst = std::max(worst, loads[layer].max().div(loads[layer].mean()).item<double>() - 1);
   EXPECT_NEAR(numbers.max_violation, worst, 1e-9);
   EXPECT_GE(numbers.load_imbalance, 0);
+  EXPECT_EQ(numbers.skip, kernels::kSkipSpike);
 }
 
 TEST(GlobalBatch, CountsValidLabelsByDepthAndDocument) {
