@@ -115,9 +115,7 @@ SaveResult Saver::save_now(const SaveJob& job) {
 
 void Saver::before_change(const at::Device& device) {
   const double waited = snapshot_.before_change(device);
-  double before = stall_;
-  while (!stall_.compare_exchange_weak(before, before + waited)) {
-  }
+  if (std::this_thread::get_id() == owner_) stall_ = stall_ + waited;
 }
 
 std::optional<SaveResult> Saver::poll() {

@@ -61,7 +61,8 @@ class Saver {
   SaveResult save_now(const SaveJob& job);
 
   /// To be called before anything that a save reads is changed, from any thread: on CUDA the work
-  /// queued from now on waits for the snapshot, on the CPU the caller does.
+  /// queued from now on waits for the snapshot, on the CPU the caller does. Waits of the thread
+  /// that made the Saver count as stall, those of others do not.
   void before_change(const at::Device& device);
 
   bool busy() const { return thread_.joinable() && !done_; }
@@ -80,6 +81,7 @@ class Saver {
   std::thread preparing_, thread_;
   std::atomic<bool> done_ = false;  // the thread has nothing left to do
   std::atomic<double> stall_ = 0;   // of the save under way
+  const std::thread::id owner_ = std::this_thread::get_id();
   std::optional<SaveResult> result_;
 };
 

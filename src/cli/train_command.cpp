@@ -154,6 +154,11 @@ bool is_finished(const Task& task, const TrainArguments& arguments) {
   if (arguments.overwrite || arguments.from_step >= 0) return false;
   const auto state = peek_training_state(task.run);
   if (!state || !state->finished || state->step < task.config.training.steps) return false;
+  try {  // a kill after the last save may have left half a removal
+    const RunLock lock(task.run);
+    remove_stale(task.run);
+  } catch (const std::exception&) {  // somebody is at work there, or may only read: no matter
+  }
   fmt::print("{} is finished: {} of {} steps are done. To train on, give it more: {} --steps {}\n",
              task.run.string(), state->step, task.config.training.steps, resume_command(task.run),
              2 * state->step);
