@@ -115,29 +115,32 @@ Evaluation Trainer::evaluate_weights() {
                    .stop_requested = [this] { return must_stop(); }});
 }
 
-void Trainer::evaluate_average(Record& record) {
+bool Trainer::evaluate_average(Record& record) {
   ema_->wait();
   saver_->before_change(device_);
   const AveragedWeights average(parameters_, ema_->average());
   const Evaluation result = evaluate_weights();
-  if (!result.complete) return;
+  if (!result.complete) return false;
   record.add(metric::kEvalEmaLoss, result.loss);
   record.add(metric::kEvalEmaBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalEmaAccuracy, result.accuracy);
+  return true;
 }
 
 std::optional<Evaluation> Trainer::evaluate_now() {
   if (!validation_) return std::nullopt;
   const Evaluation result = evaluate_weights();
   if (!result.complete) return std::nullopt;
-  evaluated_step_ = steps_done_;
   Record record{.step = steps_done_, .values = {}};
   record.add(metric::kEvalLoss, result.loss);
   if (result.bytes > 0) record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalAccuracy, result.accuracy);
   record.add(metric::kEvalTokens, static_cast<double>(result.tokens));
   record.add(metric::kEvalTime, result.seconds);
-  if (ema_ && config_.training.ema.evaluate && ema_->updates() > 0) evaluate_average(record);
+  // Half an evaluation is none: a run that goes on makes it up whole.
+  if (ema_ && config_.training.ema.evaluate && ema_->updates() > 0 && !evaluate_average(record))
+    return std::nullopt;
+  evaluated_step_ = steps_done_;
   monitor_->evaluation(record);
   return result;
 }

@@ -111,7 +111,8 @@ class Trainer {
   };
 
   Evaluation evaluate_weights();
-  void evaluate_average(Record& record);
+  /// Adds what the averaged weights reach; false when it was interrupted.
+  bool evaluate_average(Record& record);
   void open_data();
   void build_model();
   /// The run whose checkpoint this one goes on from.
