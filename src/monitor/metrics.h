@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace dsv3 {
@@ -17,6 +18,17 @@ struct Record {
   /// The value of `name`, NaN when the record does not hold it.
   double get(std::string_view name) const;
   bool has(std::string_view name) const;
+};
+
+/// Something that happened to the run beside its steps: "checkpoint", "resume", "skipped_step", …
+/// `details` holds what else is known of it, under keys other than "time", "step" and "event".
+using EventValue = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>,
+                                std::vector<std::string>>;
+using EventDetails = std::vector<std::pair<std::string, EventValue>>;
+struct Event {
+  int64_t step = 0;  // optimizer steps finished when it happened
+  std::string name;
+  EventDetails details;
 };
 
 // The names that every part uses. Units: losses in nats per token, times in seconds, memory in GB

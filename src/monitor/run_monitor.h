@@ -1,6 +1,8 @@
 #pragma once
 
 #include <filesystem>
+#include <mutex>
+#include <string>
 #include <string_view>
 
 #include "monitor/console.h"
@@ -10,7 +12,7 @@
 namespace dsv3 {
 
 /// Every place that a run reports to: the console, metrics.jsonl and log.txt in the run's
-/// directory.
+/// directory. Any thread may report.
 class RunMonitor {
  public:
   /// Throws IoError when a file cannot be opened.
@@ -20,11 +22,15 @@ class RunMonitor {
   void step(const Record& record, double seconds_left);
   /// One evaluation: a line on the console, in the log and in metrics.jsonl.
   void evaluation(const Record& record);
+  /// Something else that happened: a line of metrics.jsonl with "event": name (monitor/metrics.h).
+  /// Nothing goes to the console; say it there with info() or warning().
+  void event(int64_t step, std::string name, EventDetails details = {});
   /// Console and log.
   void info(std::string_view text);
   void warning(std::string_view text);
 
  private:
+  std::mutex mutex_;
   Console console_;
   JsonlSink metrics_;
   RunLog log_;

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -14,6 +15,7 @@
 #include "monitor/hardware.h"
 #include "monitor/jsonl.h"
 #include "monitor/run_log.h"
+#include "monitor/run_monitor.h"
 
 namespace dsv3 {
 namespace {
@@ -116,6 +118,42 @@ TEST_F(MonitorTest, JsonLinesParseAndNameEveryMetric) {
   EXPECT_EQ(first["train/lr"], 2.2e-4);
   EXPECT_TRUE(first["moe/max_vio"].is_null());
   EXPECT_EQ(nlohmann::json::parse(lines[1])["step"], 2);
+}
+
+TEST_F(MonitorTest, EventLinesStandBetweenTheSteps) {
+  const auto path = directory_ / "metrics.jsonl";
+  const auto before = std::chrono::system_clock::now();
+  {
+    RunMonitor monitor(directory_, {.out = stderr, .total_steps = 4, .every = 100});
+    monitor.step(sample_record(2), 1);
+    monitor.event(2, "checkpoint",
+                  {{"path", "step_2"},
+                   {"seconds", 1.5},
+                   {"bytes", int64_t{1} << 40},
+                   {"whole", true},
+                   {"samples", std::vector<int64_t>{3, 5}},
+                   {"tensors", std::vector<std::string>{"a", "\xff"}}});
+    monitor.event(3, "resume");
+  }
+  const auto lines = lines_of(read_file(path));
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_FALSE(nlohmann::json::parse(lines[0]).contains("event"));
+  const auto event = nlohmann::json::parse(lines[1]);
+  EXPECT_EQ(event["event"], "checkpoint");
+  EXPECT_EQ(event["step"], 2);
+  EXPECT_EQ(event["path"], "step_2");
+  EXPECT_EQ(event["seconds"], 1.5);
+  EXPECT_EQ(event["bytes"], int64_t{1} << 40);
+  EXPECT_EQ(event["whole"], true);
+  EXPECT_EQ(event["samples"], (std::vector<int64_t>{3, 5}));
+  EXPECT_EQ(event["tensors"][0], "a");
+  EXPECT_EQ(nlohmann::json::parse(lines[2])["event"], "resume");
+  for (const auto& line : lines) {
+    const double time = nlohmann::json::parse(line)["time"];
+    const double start = std::chrono::duration<double>(before.time_since_epoch()).count();
+    EXPECT_GE(time, start - 0.001);
+    EXPECT_LT(time, start + 3600);
+  }
 }
 
 TEST_F(MonitorTest, UnwritablePathsAreNamed) {
