@@ -4,6 +4,7 @@
 #include "kernels/detail/adamw.h"
 
 #include "kernels/detail/cpu.h"
+#include "kernels/detail/lanes.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::kernels {
@@ -25,39 +26,60 @@ namespace {
 
 using namespace detail;
 
+constexpr int64_t kBlock = 2048;  // elements that stay in the cache between the passes over them
+
+/// Σ (w - before)² of rows of FP32, by lanes.
+DSV3_INLINE float squared_distance(const float* w, const float* before, int64_t size) {
+  LaneFloats sum = {}, v, u;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    load_lanes(w + i, v);
+    load_lanes(before + i, u);
+    sum += (v - u) * (v - u);
+  }
+  float total = sum_of_lanes(sum);
+  for (; i < size; ++i) total += (w[i] - before[i]) * (w[i] - before[i]);
+  return total;
+}
+
+/// One block, at most kBlock elements. moved[0] += Σ (w after - w before)², moved[1] += Σ (w
+/// before)²; moved may be null.
 template <typename W, typename G, typename M>
-DSV3_INLINE void adamw_range(const AdamW& params, float scale, int64_t begin, int64_t end) {
+DSV3_INLINE void adamw_range(const AdamW& params, float scale, int64_t begin, int64_t end,
+                             double* moved) {
   const AdamW p = params;  // a copy that no store can alias
   W* const __restrict weights = static_cast<W*>(p.weights);
-  float* const __restrict master = p.master;
   const G* const __restrict gradients = static_cast<const G*>(p.gradients);
   M* const __restrict exp_avg = static_cast<M*>(p.exp_avg);
   M* const __restrict exp_avg_sq = static_cast<M*>(p.exp_avg_sq);
-  if (master != nullptr) {
-    for (int64_t i = begin; i < end; ++i) {
-      float w = master[i], m = load(exp_avg + i), v = load(exp_avg_sq + i);
-      kernels::detail::adamw_element(p, load(gradients + i) * scale, w, m, v);
-      master[i] = w;
-      store(weights + i, w);
-      store(exp_avg + i, m);
-      store(exp_avg_sq + i, v);
-    }
-    return;
+  float before[kBlock], after[kBlock];
+  const int64_t size = end - begin;
+  if (p.master != nullptr) {
+    std::memcpy(before, p.master + begin, static_cast<size_t>(size) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < size; ++i) before[i] = load(weights + begin + i);
   }
-  for (int64_t i = begin; i < end; ++i) {
-    float w = load(weights + i), m = load(exp_avg + i), v = load(exp_avg_sq + i);
-    kernels::detail::adamw_element(p, load(gradients + i) * scale, w, m, v);
-    store(weights + i, w);
-    store(exp_avg + i, m);
-    store(exp_avg_sq + i, v);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t at = begin + i;
+    float w = before[i], m = load(exp_avg + at), v = load(exp_avg_sq + at);
+    kernels::detail::adamw_element(p, load(gradients + at) * scale, w, m, v);
+    after[i] = w;
+    store(weights + at, w);
+    store(exp_avg + at, m);
+    store(exp_avg_sq + at, v);
   }
+  if (p.master != nullptr)
+    std::memcpy(p.master + begin, after, static_cast<size_t>(size) * sizeof(float));
+  if (moved == nullptr) return;
+  moved[0] += squared_distance(after, before, size);
+  moved[1] += dot_rows(before, before, size);
 }
 
-using Body = void (*)(const AdamW&, float, int64_t, int64_t);
+using Body = void (*)(const AdamW&, float, int64_t, int64_t, double*);
 
-#define DSV3_ADAMW_BODY(name, W, G, M)                                             \
-  DSV3_CLONES void name(const AdamW& p, float scale, int64_t begin, int64_t end) { \
-    adamw_range<W, G, M>(p, scale, begin, end);                                    \
+#define DSV3_ADAMW_BODY(name, W, G, M)                                                            \
+  DSV3_CLONES void name(const AdamW& p, float scale, int64_t begin, int64_t end, double* moved) { \
+    adamw_range<W, G, M>(p, scale, begin, end, moved);                                            \
   }
 DSV3_ADAMW_BODY(adamw_fff, float, float, float)
 DSV3_ADAMW_BODY(adamw_ffb, float, float, BFloat16)
@@ -89,15 +111,20 @@ void adamw(const AdamW& p) {
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const float scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
   const int64_t gradient_size = size_of(p.gradient_dtype);
-  constexpr int64_t kBlock = 2048;  // what is zeroed while it is still in the cache
-  parallel_rows((p.size + kBlock - 1) / kBlock, 24 * kBlock, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
-      if (!skip) body(p, scale, begin, end);
-      if (p.zero_gradients) {
-        std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
-                    static_cast<size_t>((end - begin) * gradient_size));
+  const int64_t blocks = (p.size + kBlock - 1) / kBlock, parts = adamw_partials(p.size);
+  const int64_t part = parts > 0 ? (blocks + parts - 1) / parts : 0;  // blocks of a part
+  parallel_rows(parts, 24 * kBlock * part, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      double moved[2] = {};
+      for (int64_t block = i * part; block < std::min(blocks, (i + 1) * part); ++block) {
+        const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
+        if (!skip) body(p, scale, begin, end, p.partials != nullptr ? moved : nullptr);
+        if (p.zero_gradients) {
+          std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
+                      static_cast<size_t>((end - begin) * gradient_size));
+        }
       }
+      if (p.partials != nullptr) std::copy_n(moved, 2, p.partials + 2 * i);
     }
   });
 }

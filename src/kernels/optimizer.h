@@ -12,6 +12,7 @@ namespace dsv3::kernels {
 ///   w -= lr · decay · w
 ///   m = β1 m + (1 - β1) g,   v = β2 v + (1 - β2) g²
 ///   w -= lr / correction1 · m / (sqrt(v / correction2) + eps)
+/// and, when `partials` is given, how far the weights moved.
 /// One pass over memory: 28 bytes an element for FP32, 14–30 for BF16 weights.
 struct AdamW {
   int64_t size;          // elements of the range
@@ -31,7 +32,17 @@ struct AdamW {
   const float* gradient_scale;  // [1] on the device (the clip factor), may be null (= 1)
   const int32_t* skip;          // [1] on the device, may be null; non-zero: no update
   bool zero_gradients;          // zero them in the same pass, also when skipped
+  double* partials;  // [adamw_partials(size), 2], may be null: parts of Σ (w after - w before)² and
+                     // of Σ (w before)², before w is rounded to BF16; zeros when skipped
 };
+
+/// Parts that one pass leaves, a pure function of the range's size: adding them in order gives the
+/// same bits on every run.
+constexpr int64_t adamw_partials(int64_t size) {
+  constexpr int64_t kBlock = 2048, kMost = 16384;  // elements of a part at least; parts
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  return blocks < kMost ? blocks : kMost;
+}
 
 /// result[0] = Σ x², in FP64, by partial sums in a fixed order: the same bits on every run.
 struct SumOfSquares {

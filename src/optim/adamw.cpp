@@ -1,6 +1,7 @@
 #include "optim/adamw.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -45,6 +46,11 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
   partials_ = at::empty({kernels::kSumOfSquaresPartials}, device.dtype(at::kDouble));
   sums_ = at::empty({static_cast<int64_t>(buckets_.size())}, device.dtype(at::kDouble));
   clip_factor_ = at::empty({1}, device.dtype(at::kFloat));
+  int64_t parts = 0;
+  for (const auto& bucket : buckets_)
+    parts += kernels::adamw_partials(bucket.decay_end) +
+             kernels::adamw_partials(bucket.numel() - bucket.decay_end);
+  moved_ = at::zeros({parts, 2}, device.dtype(at::kDouble));
   reset_masters();
 }
 
@@ -66,7 +72,8 @@ GradientNorm AdamW::gradient_norm() {
                             stream);
   }
   GradientNorm result{at::empty({}, clip_factor_.options()),
-                      at::empty({}, clip_factor_.options().dtype(at::kInt))};
+                      at::empty({}, clip_factor_.options().dtype(at::kInt)),
+                      {}};
   kernels::finish_norm({.count = static_cast<int32_t>(buckets_.size()),
                         .sums = sums_.data_ptr<double>(),
                         .max_norm = static_cast<float>(options_.clip),
@@ -77,9 +84,10 @@ GradientNorm AdamW::gradient_norm() {
   return result;
 }
 
-void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                         double weight_decay, double learning_rate, const GradientNorm& norm) {
-  if (begin == end) return;
+double* AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
+                            double weight_decay, double learning_rate, const GradientNorm& norm,
+                            double* partials) {
+  if (begin == end) return partials;
   const auto step = static_cast<double>(steps_done_);
   kernels::adamw({.size = end - begin,
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
@@ -99,20 +107,25 @@ void AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin
                   .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
                   .gradient_scale = clip_factor_.data_ptr<float>(),
                   .skip = norm.not_finite.data_ptr<int32_t>(),
-                  .zero_gradients = true},
+                  .zero_gradients = true,
+                  .partials = partials},
                  ops::stream_of(bucket.values));
+  return partials + 2 * kernels::adamw_partials(end - begin);
 }
 
 GradientNorm AdamW::step(double learning_rate) {
   const ops::NoRecord guard;
   ++steps_done_;
   GradientNorm norm = gradient_norm();
+  auto* partials = moved_.data_ptr<double>();
   for (size_t i = 0; i < buckets_.size(); ++i) {
     const auto& bucket = buckets_[i];
-    update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay, learning_rate,
-                 norm);
-    update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0, learning_rate, norm);
+    partials = update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay,
+                            learning_rate, norm, partials);
+    partials = update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0,
+                            learning_rate, norm, partials);
   }
+  norm.moved = at::sum(moved_, 0);
   return norm;
 }
 

@@ -24,6 +24,8 @@ struct GradientNorm {
   at::Tensor norm;        // scalar FP32: over all buckets, before clipping
   at::Tensor not_finite;  // scalar int32: 1 when the norm was NaN or infinite; the step then
                           // changed nothing
+  at::Tensor moved;  // [2] FP64: Σ (w after - w before)² and Σ (w before)² over all trained
+                     // parameters; zeros when the step changed nothing
 };
 
 /// AdamW over a parameter set's flat buckets (technical report §4.2; the formula:
@@ -54,8 +56,10 @@ class AdamW {
   };
 
   GradientNorm gradient_norm();
-  void update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                    double weight_decay, double learning_rate, const GradientNorm& norm);
+  /// Leaves the range's parts of how far it moved at `partials` and returns the end of them.
+  double* update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
+                       double weight_decay, double learning_rate, const GradientNorm& norm,
+                       double* partials);
 
   std::vector<Bucket>& buckets_;
   AdamWOptions options_;
@@ -63,6 +67,7 @@ class AdamW {
   at::Tensor partials_;        // scratch of the norm
   at::Tensor sums_;            // [buckets] FP64
   at::Tensor clip_factor_;     // [1] FP32
+  at::Tensor moved_;           // [parts, 2] FP64: how far the weights moved, range by range
   int64_t steps_done_ = 0;
 };
 
