@@ -178,8 +178,15 @@ constexpr Field kRun[] = {
      "checkpoints that are kept",
      {1, 1e9}},
 
-    {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "", "write TensorBoard event files"},
-    {"monitor.wandb", DSV3_SLOT(monitor.wandb), "", "send metrics to Weights & Biases"},
+    {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "",
+     "write TensorBoard event files to RUN/tensorboard/"},
+    {"monitor.wandb", DSV3_SLOT(monitor.wandb), "",
+     "send metrics to Weights & Biases (scripts/wandb_bridge.py)"},
+    {"monitor.prometheus", DSV3_SLOT(monitor.prometheus), "",
+     "file that holds the newest metrics in Prometheus' text form; empty = none"},
+    {"monitor.per_layer_every", DSV3_SLOT(monitor.per_layer_every), "steps",
+     "steps between records that hold every layer's routing and every expert's tokens; 0 = none",
+     kCount},
 };
 
 }  // namespace

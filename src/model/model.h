@@ -82,6 +82,9 @@ class Model {
   /// global batch.
   void update_router_biases(const at::Tensor& loads, double update_rate);
 
+  /// The router biases [E] FP32 behind each row of expert_counts; undefined tensors without biases.
+  std::vector<at::Tensor> router_biases() const;
+
   LatentCache make_cache(int64_t num_sequences, int64_t capacity) const;
 
   const ModelConfig& config() const { return config_; }

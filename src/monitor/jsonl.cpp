@@ -28,6 +28,7 @@ std::string to_json_line(const Record& record, double unix_seconds) {
   line["time"] = rounded(unix_seconds);
   line["step"] = record.step;
   for (const auto& [name, value] : record.values) line[name] = value;
+  for (const auto& table : record.tables) line[table.name] = table.counts;
   return line.dump();
 }
 

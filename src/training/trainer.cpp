@@ -5,6 +5,7 @@
 #include "checkpoint/weights.h"
 #include "config/load.h"
 #include "monitor/hardware.h"
+#include "ops/attention.h"
 #include "planner/flops.h"
 #include "training/device.h"
 #include "training/run_directory.h"
@@ -99,15 +100,20 @@ PendingNumbers Trainer::step() {
       .recompute = config_.training.recompute,
       .balance_alpha = config_.model.moe.sequence_loss_alpha,
       .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)};
-  const StepSums sums = accumulate_gradients(*model_, batch, options);
+  PhaseTimer timer(device_);
+  const auto calls_before = ops::attention_calls();
+  const StepSums sums = accumulate_gradients(*model_, batch, options, &timer);
+  const auto calls = ops::attention_calls();
+  timer.begin(Phase::kOptimizer);
   // Note: the learning rate is that at the END of the step, so that a warm-up from 0 does not waste
   // the first step and the last step has the schedule's last value.
   const double learning_rate =
       config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
   const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
   const GradientNorm norm = optimizer_->step(learning_rate);
-  if (sums.loads.defined() && config_.model.moe.use_bias && bias_rate != 0)
-    model_->update_router_biases(sums.loads, bias_rate);
+  if (sums.load.tokens.defined() && config_.model.moe.use_bias && bias_rate != 0)
+    model_->update_router_biases(sums.load.tokens, bias_rate);
+  timer.end();
   ++steps_done_;
   tokens_done_ += batch.tokens;
   info_.step = steps_done_;
@@ -115,10 +121,21 @@ PendingNumbers Trainer::step() {
   info_.tokens = batch.tokens;
   info_.sequences = batch.sequences;
   info_.learning_rate = learning_rate;
-  return {sums, norm, batch};
+  info_.checkpoint_seconds = std::exchange(checkpoint_seconds_, 0.0);
+  const auto attended = std::max<int64_t>(1, calls.all - calls_before.all);
+  info_.fallback_rate =
+      static_cast<double>(calls.fallbacks - calls_before.fallbacks) / static_cast<double>(attended);
+  return {
+      sums,
+      norm,
+      batch,
+      {.biases = config_.model.moe.use_bias ? model_->router_biases() : std::vector<at::Tensor>(),
+       .with_loads = wants_layers(steps_done_),
+       .timer = std::move(timer)}};
 }
 
 void Trainer::save() {
+  const auto start = Clock::now();
   const auto directory = checkpoint_directory(options_.directory, steps_done_);
   SaveOptions options;
   options.eos_token_ids = {tokenizer().specials().end_of_document};
@@ -127,6 +144,12 @@ void Trainer::save() {
   saved_ = directory;
   monitor_->info(fmt::format("saved     {}", directory.string()));
   prune_checkpoints(options_.directory, config_.checkpoint.keep_last);
+  checkpoint_seconds_ += seconds_between(start, Clock::now());
+}
+
+bool Trainer::wants_layers(int64_t step) const {
+  const int64_t every = config_.monitor.per_layer_every;
+  return every > 0 && (step == 1 || step % every == 0 || step == config_.training.steps);
 }
 
 std::optional<StopReason> Trainer::stop_reason() const {

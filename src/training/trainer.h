@@ -79,6 +79,8 @@ class Trainer {
   struct StepInfo {
     int64_t step = 0, tokens_done = 0, tokens = 0, sequences = 0;
     double learning_rate = 0, data_seconds = 0;
+    double checkpoint_seconds = 0;  // that saving held up the loop, since the step before
+    double fallback_rate = 0;       // of the attention's calls
   };
 
   void open_data();
@@ -88,6 +90,8 @@ class Trainer {
   Record make_record(const StepNumbers& numbers, const StepInfo& info, double seconds) const;
   void report(PendingNumbers numbers, const StepInfo& info);
   double seconds_left(int64_t step) const;
+  /// Whether the record of this step also holds every layer's numbers.
+  bool wants_layers(int64_t step) const;
   std::optional<StopReason> stop_reason() const;
   void profile_before_step();
   void profile_after_step();
@@ -108,6 +112,7 @@ class Trainer {
   StepInfo info_;                     // of the step that was queued last
   Clock::time_point started_, mark_;  // of the loop; of the last report
   double smooth_step_seconds_ = 0;
+  double checkpoint_seconds_ = 0;  // that saving has held up the loop, not yet reported
   std::filesystem::path saved_;
 };
 
