@@ -32,7 +32,8 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
                        .terminal = options_.terminal,
                        .total_steps = config_.training.steps,
                        .every = std::max<int64_t>(1, config_.training.log_every),
-                       .bits_per_byte = config_.data.tokenizer == "bytes"});
+                       .bits_per_byte = config_.data.tokenizer == "bytes"},
+      config_);
   write_file_atomically(options_.directory / "config.yaml", to_yaml(config_));
   if (moved) monitor_->info(fmt::format("the earlier run was moved to {}", moved->string()));
   announce();
