@@ -29,6 +29,14 @@ RunMonitor::RunMonitor(const std::filesystem::path& directory, const Console::Op
   }
 }
 
+RunMonitor::~RunMonitor() {
+  if (wandb_ == nullptr || wandb_->finish()) return;
+  try {
+    warning("monitor.wandb: the bridge failed; wandb.log in the run's directory says why");
+  } catch (const std::exception&) {  // a destructor must not throw
+  }
+}
+
 void RunMonitor::try_writing(bool& failed, const std::function<void()>& write) {
   try {
     write();

@@ -27,6 +27,7 @@ class RunMonitor {
   /// Throws IoError when a file cannot be opened.
   RunMonitor(const std::filesystem::path& directory, const Console::Options& console,
              const Config& config = {});
+  ~RunMonitor();
 
   /// One finished step: the progress line and a line of metrics.jsonl.
   void step(const Record& record, double seconds_left);

@@ -6,9 +6,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 extern char** environ;
@@ -93,11 +95,20 @@ std::unique_ptr<WandbBridge> WandbBridge::start(const fs::path& directory, std::
 }
 
 WandbBridge::~WandbBridge() {
-  ::close(pipe_);
+  finish();
+}
+
+bool WandbBridge::finish() {
+  if (pipe_ < 0) return true;
+  ::close(std::exchange(pipe_, -1));
   const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(30);
-  int status = 0;
-  while (::waitpid(child_, &status, WNOHANG) == 0 && std::chrono::steady_clock::now() < limit)
+  while (std::chrono::steady_clock::now() < limit) {
+    int status = 0;
+    const pid_t ended = ::waitpid(child_, &status, WNOHANG);
+    if (ended != 0) return ended == child_ && WIFEXITED(status) && WEXITSTATUS(status) == 0;
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return true;
 }
 
 }  // namespace dsv3
