@@ -6,7 +6,7 @@
 
 #include "bench/ops/case.h"
 #include "bench/ops/composed.h"
-#include "kernels/elementwise.h"
+#include "kernels/rope.h"
 
 namespace dsv3::bench {
 namespace {
@@ -92,6 +92,7 @@ Work make_query(Setup& s) {
                              .table = t.ours,
                              .inverse = backward,
                              .x_stride = H * head,
+                             .y_stride = H * head,
                              .dtype = s.problem.dtype,
                              .x = x.const_data_ptr(),
                              .y = s.empty({T, H, head}).mutable_data_ptr()};

@@ -166,6 +166,7 @@ struct OptimizerConfig {
   bool master_weights = true;          // FP32 copy of BF16 weights
   DType moment_dtype = DType::kF32;    // fp32 | bf16
   DType gradient_dtype = DType::kF32;  // accumulation: fp32 | bf16
+  bool stochastic_rounding = false;    // of BF16 weights without masters and of BF16 moments
   bool operator==(const OptimizerConfig&) const = default;
 };
 

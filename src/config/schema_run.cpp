@@ -169,6 +169,10 @@ constexpr Field kRun[] = {
      "type in which gradients are summed",
      {},
      kDTypes},
+    {"optimizer.stochastic_rounding", DSV3_SLOT(optimizer.stochastic_rounding), "",
+     "round BF16 moments, and BF16 weights without masters, up or down at random instead of to "
+     "nearest: small updates then count on average; the bits follow from training.seed and the "
+     "step"},
 
     {"checkpoint.every_steps", DSV3_SLOT(checkpoint.every_steps), "steps",
      "steps between checkpoints; 0 = only at the end", kCount},

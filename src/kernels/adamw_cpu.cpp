@@ -1,5 +1,6 @@
-// AdamW over a flat range on the host: threads share the range, inner loops are vector code at
-// memory speed.
+// AdamW over a flat range on the host: threads share the range in blocks that stay in the first
+// cache, inner loops are vector code at memory speed. What is optional (random rounding, the EMA,
+// zeroed gradients) follows per block, while it is there.
 
 #include "kernels/detail/adamw.h"
 
@@ -17,6 +18,9 @@ void check_adamw(const AdamW& p) {
   require(p.correction1 > 0.0f && p.correction2 > 0.0f,
           "[adamw] corrections: expected 1 - beta^step > 0 with step from 1, got {} and {}",
           p.correction1, p.correction2);
+  require(p.ema == nullptr || p.ema_dtype == DType::kF32 || p.ema_dtype == DType::kBF16,
+          "[adamw] ema_dtype: expected fp32 or bf16, got {}", name_of(p.ema_dtype));
+  require(p.first_index >= 0, "[adamw] first_index: expected at least 0, got {}", p.first_index);
 }
 
 }  // namespace detail
@@ -25,61 +29,60 @@ namespace cpu {
 namespace {
 
 using namespace detail;
+using kernels::detail::AdamWFactors;
+using kernels::detail::Rounded;
 
-constexpr int64_t kBlock = 2048;  // elements that stay in the cache between the passes over them
+constexpr int64_t kBlock = 2048;  // elements
 
-/// Σ (w - before)² of rows of FP32, by lanes.
-DSV3_INLINE float squared_distance(const float* w, const float* before, int64_t size) {
-  LaneFloats sum = {}, v, u;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    load_lanes(w + i, v);
-    load_lanes(before + i, u);
-    sum += (v - u) * (v - u);
-  }
-  float total = sum_of_lanes(sum);
-  for (; i < size; ++i) total += (w[i] - before[i]) * (w[i] - before[i]);
-  return total;
-}
+struct HostMath {
+  DSV3_INLINE static float root(float x) { return std::sqrt(x); }
+  DSV3_INLINE static float quotient(float a, float b) { return a / b; }
+};
 
-/// One block, at most kBlock elements. moved[0] += Σ (w after - w before)², moved[1] += Σ (w
-/// before)²; moved may be null.
+/// Where a block's numbers stand; the types belong to the body.
+struct Block {
+  void* weights;
+  float* master;  // may be null
+  const void* gradients;
+  void* exp_avg;
+  void* exp_avg_sq;
+};
+
 template <typename W, typename G, typename M>
-DSV3_INLINE void adamw_range(const AdamW& params, float scale, int64_t begin, int64_t end,
-                             double* moved) {
-  const AdamW p = params;  // a copy that no store can alias
-  W* const __restrict weights = static_cast<W*>(p.weights);
-  const G* const __restrict gradients = static_cast<const G*>(p.gradients);
-  M* const __restrict exp_avg = static_cast<M*>(p.exp_avg);
-  M* const __restrict exp_avg_sq = static_cast<M*>(p.exp_avg_sq);
-  float before[kBlock], after[kBlock];
-  const int64_t size = end - begin;
-  if (p.master != nullptr) {
-    std::memcpy(before, p.master + begin, static_cast<size_t>(size) * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < size; ++i) before[i] = load(weights + begin + i);
+DSV3_INLINE void adamw_block(const AdamWFactors& factors, float decay, float scale, const Block& at,
+                             int64_t size) {
+  const AdamWFactors f = factors;  // a copy that no store can alias
+  W* const __restrict weights = static_cast<W*>(at.weights);
+  float* const __restrict master = at.master;
+  const G* const __restrict gradients = static_cast<const G*>(at.gradients);
+  M* const __restrict exp_avg = static_cast<M*>(at.exp_avg);
+  M* const __restrict exp_avg_sq = static_cast<M*>(at.exp_avg_sq);
+  if (master != nullptr) {
+    for (int64_t i = 0; i < size; ++i) {
+      float w = master[i], m = load(exp_avg + i), v = load(exp_avg_sq + i);
+      kernels::detail::adamw_element<HostMath>(f, decay, load(gradients + i) * scale, w, m, v);
+      master[i] = w;
+      store(weights + i, w);
+      store(exp_avg + i, m);
+      store(exp_avg_sq + i, v);
+    }
+    return;
   }
   for (int64_t i = 0; i < size; ++i) {
-    const int64_t at = begin + i;
-    float w = before[i], m = load(exp_avg + at), v = load(exp_avg_sq + at);
-    kernels::detail::adamw_element(p, load(gradients + at) * scale, w, m, v);
-    after[i] = w;
-    store(weights + at, w);
-    store(exp_avg + at, m);
-    store(exp_avg_sq + at, v);
+    float w = load(weights + i), m = load(exp_avg + i), v = load(exp_avg_sq + i);
+    kernels::detail::adamw_element<HostMath>(f, decay, load(gradients + i) * scale, w, m, v);
+    store(weights + i, w);
+    store(exp_avg + i, m);
+    store(exp_avg_sq + i, v);
   }
-  if (p.master != nullptr)
-    std::memcpy(p.master + begin, after, static_cast<size_t>(size) * sizeof(float));
-  if (moved == nullptr) return;
-  moved[0] += squared_distance(after, before, size);
-  moved[1] += dot_rows(before, before, size);
 }
 
-using Body = void (*)(const AdamW&, float, int64_t, int64_t, double*);
+using Body = void (*)(const AdamWFactors&, float, float, const Block&, int64_t);
 
-#define DSV3_ADAMW_BODY(name, W, G, M)                                                            \
-  DSV3_CLONES void name(const AdamW& p, float scale, int64_t begin, int64_t end, double* moved) { \
-    adamw_range<W, G, M>(p, scale, begin, end, moved);                                            \
+#define DSV3_ADAMW_BODY(name, W, G, M)                                                    \
+  DSV3_CLONES void name(const AdamWFactors& f, float decay, float scale, const Block& at, \
+                        int64_t size) {                                                   \
+    adamw_block<W, G, M>(f, decay, scale, at, size);                                      \
   }
 DSV3_ADAMW_BODY(adamw_fff, float, float, float)
 DSV3_ADAMW_BODY(adamw_ffb, float, float, BFloat16)
@@ -91,25 +94,219 @@ DSV3_ADAMW_BODY(adamw_bbf, BFloat16, BFloat16, float)
 DSV3_ADAMW_BODY(adamw_bbb, BFloat16, BFloat16, BFloat16)
 #undef DSV3_ADAMW_BODY
 
-/// By the dtypes of weights, gradients and moments, in this order.
-Body body_for(const AdamW& p) {
+Body body_for(DType weight, DType gradient, DType moment) {
   constexpr Body kBodies[8] = {adamw_fff, adamw_ffb, adamw_fbf, adamw_fbb,
                                adamw_bff, adamw_bfb, adamw_bbf, adamw_bbb};
   int index = 0;
-  for (const DType dtype : {p.weight_dtype, p.gradient_dtype, p.moment_dtype}) {
+  for (const DType dtype : {weight, gradient, moment}) {
     dispatch_float("adamw", dtype, [](auto*) {});
     index = 2 * index + (dtype == DType::kBF16 ? 1 : 0);
   }
   return kBodies[index];
 }
 
+/// Copies between types; a BF16 result is rounded to nearest.
+template <typename From, typename To>
+DSV3_INLINE void convert(const From* __restrict from, To* __restrict to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) store(to + i, load(from + i));
+}
+DSV3_CLONES void widen(const BFloat16* from, float* to, int64_t size) {
+  convert(from, to, size);
+}
+
+/// Adds Σ (after - before)² and Σ before² to moved[0] and moved[1].
+DSV3_CLONES void add_moved(const float* before, const float* after, int64_t size, double* moved) {
+  LaneFloats update = {}, weight = {}, u, v;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    load_lanes(before + i, u);
+    load_lanes(after + i, v);
+    update += (v - u) * (v - u);
+    weight += u * u;
+  }
+  float rest_update = 0.0f, rest_weight = 0.0f;
+  for (; i < size; ++i) {
+    rest_update += (after[i] - before[i]) * (after[i] - before[i]);
+    rest_weight += before[i] * before[i];
+  }
+  moved[0] += sum_of_lanes(update) + rest_update;
+  moved[1] += sum_of_lanes(weight) + rest_weight;
+}
+
+/// mean += (1 - decay) · (w - mean).
+template <typename E, typename W>
+DSV3_INLINE void ema_block(float gain, const W* __restrict w, const E* mean, float* __restrict to,
+                           int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = load(mean + i) + gain * (load(w + i) - load(mean + i));
+}
+#define DSV3_EMA_BODY(E, W)                                                                   \
+  DSV3_CLONES void ema_into(float gain, const W* w, const E* mean, float* to, int64_t size) { \
+    ema_block<E, W>(gain, w, mean, to, size);                                                 \
+  }
+DSV3_EMA_BODY(float, float)
+DSV3_EMA_BODY(float, BFloat16)
+DSV3_EMA_BODY(BFloat16, float)
+DSV3_EMA_BODY(BFloat16, BFloat16)
+#undef DSV3_EMA_BODY
+
+DSV3_CLONES void round_nearest(const float* from, BFloat16* to, int64_t size) {
+  convert(from, to, size);
+}
+
+/// Rounds elements begin … of the range up or down at random.
+void round_random(const AdamW& p, Rounded what, int64_t begin, const float* from, BFloat16* to,
+                  int64_t size) {
+  for (int64_t i = 0; i < size;) {
+    const int64_t index = p.first_index + begin + i;
+    const auto words = kernels::detail::rounding_words(p, index, what);
+    const int64_t end = std::min(size, i + 8 - index % 8);
+    for (int64_t element = index % 8; i < end; ++i, ++element) {
+      const uint32_t random = kernels::detail::rounding_bits(words, static_cast<int>(element));
+      to[i].bits = static_cast<uint16_t>(
+          kernels::detail::round_at_random(std::bit_cast<uint32_t>(from[i]), random));
+    }
+  }
+}
+
+/// One range, cut into blocks.
+class Range {
+ public:
+  explicit Range(const AdamW& p)
+      : p_(p),
+        factors_(kernels::detail::adamw_factors(p)),
+        scale_(p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f),
+        body_(body_for(p.weights == nullptr ? DType::kF32 : p.weight_dtype, p.gradient_dtype,
+                       p.moment_dtype)),
+        wide_body_(body_for(DType::kF32, p.gradient_dtype, DType::kF32)),
+        random_weights_(p.stochastic_rounding && p.weight_dtype == DType::kBF16 &&
+                        p.master == nullptr),
+        random_moments_(p.stochastic_rounding && p.moment_dtype == DType::kBF16) {}
+
+  /// One block. `moved` (may be null) takes what it adds to Σ (w after - w before)² and Σ (w
+  /// before)².
+  void update(int64_t begin, int64_t end, double* moved) const {
+    const int64_t middle = std::clamp(p_.decay_end, begin, end);
+    update_part(begin, middle, factors_.decay, moved);
+    update_part(middle, end, 0.0f, moved);
+    if (p_.ema != nullptr) update_ema(begin, end - begin);
+  }
+
+ private:
+  bool bf16_weights() const { return p_.weights != nullptr && p_.weight_dtype == DType::kBF16; }
+  static void* at(void* base, DType dtype, int64_t i) {
+    return base == nullptr ? nullptr : static_cast<char*>(base) + i * size_of(dtype);
+  }
+  Block block(int64_t i) const {
+    // Without rounded weights (adamw_fp8's may be null) the master is all there is.
+    if (p_.weights == nullptr) {
+      return {.weights = p_.master + i,
+              .master = nullptr,
+              .gradients = at(p_.gradients, p_.gradient_dtype, i),
+              .exp_avg = at(p_.exp_avg, p_.moment_dtype, i),
+              .exp_avg_sq = at(p_.exp_avg_sq, p_.moment_dtype, i)};
+    }
+    return {.weights = at(p_.weights, p_.weight_dtype, i),
+            .master = p_.master == nullptr ? nullptr : p_.master + i,
+            .gradients = at(p_.gradients, p_.gradient_dtype, i),
+            .exp_avg = at(p_.exp_avg, p_.moment_dtype, i),
+            .exp_avg_sq = at(p_.exp_avg_sq, p_.moment_dtype, i)};
+  }
+
+  void update_part(int64_t begin, int64_t end, float decay, double* moved) const {
+    if (begin == end) return;
+    const int64_t size = end - begin;
+    // Only the FP32 copies hold BF16 weights before their rounding.
+    const bool rounded = moved != nullptr && bf16_weights() && p_.master == nullptr;
+    if (rounded || random_weights_ || random_moments_) {
+      update_in_copies(begin, size, decay, moved);
+      return;
+    }
+    const Block at = block(begin);
+    const float* const kept = at.master != nullptr ? at.master : static_cast<float*>(at.weights);
+    alignas(64) float before[kBlock];
+    if (moved != nullptr) std::copy_n(kept, size, before);
+    body_(factors_, decay, scale_, at, size);
+    if (moved != nullptr) add_moved(before, kept, size, moved);
+  }
+
+  /// In FP32 copies of what is BF16, which are then rounded.
+  void update_in_copies(int64_t begin, int64_t size, float decay, double* moved) const {
+    alignas(64) float copies[3][kBlock], before[kBlock];
+    const Block given = block(begin);
+    Block wide = given;
+    if (given.master != nullptr) {
+      wide.weights = given.master;
+    } else if (bf16_weights()) {
+      wide.weights = copies[0];
+      widen(static_cast<const BFloat16*>(given.weights), copies[0], size);
+    }
+    wide.master = nullptr;
+    if (p_.moment_dtype == DType::kBF16) {
+      wide.exp_avg = copies[1];
+      wide.exp_avg_sq = copies[2];
+      widen(static_cast<const BFloat16*>(given.exp_avg), copies[1], size);
+      widen(static_cast<const BFloat16*>(given.exp_avg_sq), copies[2], size);
+    }
+    const auto* const kept = static_cast<const float*>(wide.weights);
+    if (moved != nullptr) std::copy_n(kept, size, before);
+    wide_body_(factors_, decay, scale_, wide, size);
+    if (moved != nullptr) add_moved(before, kept, size, moved);
+    if (!random_moments_ && p_.moment_dtype == DType::kBF16) {
+      round_nearest(copies[1], static_cast<BFloat16*>(given.exp_avg), size);
+      round_nearest(copies[2], static_cast<BFloat16*>(given.exp_avg_sq), size);
+    }
+    if (random_moments_) {
+      round_random(p_, Rounded::kExpAvg, begin, copies[1], static_cast<BFloat16*>(given.exp_avg),
+                   size);
+      round_random(p_, Rounded::kExpAvgSq, begin, copies[2],
+                   static_cast<BFloat16*>(given.exp_avg_sq), size);
+    }
+    if (random_weights_) {
+      round_random(p_, Rounded::kWeight, begin, copies[0], static_cast<BFloat16*>(given.weights),
+                   size);
+    } else if (given.master != nullptr) {
+      round_nearest(given.master, static_cast<BFloat16*>(given.weights), size);
+    } else if (bf16_weights()) {
+      round_nearest(copies[0], static_cast<BFloat16*>(given.weights), size);
+    }
+  }
+
+  void update_ema(int64_t begin, int64_t size) const {
+    alignas(64) float mean[kBlock];
+    dispatch_float("adamw", p_.ema_dtype, [&](auto* type) {
+      using E = std::remove_pointer_t<decltype(type)>;
+      E* const ema = static_cast<E*>(p_.ema) + begin;
+      const Block now = block(begin);
+      const float gain = 1.0f - p_.ema_decay;
+      if (now.master != nullptr || !bf16_weights()) {
+        const void* weights = now.master != nullptr ? now.master : now.weights;
+        ema_into(gain, static_cast<const float*>(weights), ema, mean, size);
+      } else {
+        ema_into(gain, static_cast<const BFloat16*>(now.weights), ema, mean, size);
+      }
+      if constexpr (std::is_same_v<E, float>) {
+        std::copy_n(mean, size, ema);
+      } else if (p_.stochastic_rounding) {
+        round_random(p_, Rounded::kEma, begin, mean, ema, size);
+      } else {
+        round_nearest(mean, ema, size);
+      }
+    });
+  }
+
+  const AdamW& p_;
+  AdamWFactors factors_;
+  float scale_;
+  Body body_, wide_body_;
+  bool random_weights_, random_moments_;
+};
+
 }  // namespace
 
 void adamw(const AdamW& p) {
   kernels::detail::check_adamw(p);
-  const Body body = body_for(p);
+  const Range range(p);
   const bool skip = p.skip != nullptr && *p.skip != 0;
-  const float scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
   const int64_t gradient_size = size_of(p.gradient_dtype);
   const int64_t blocks = (p.size + kBlock - 1) / kBlock, parts = adamw_partials(p.size);
   const int64_t part = parts > 0 ? (blocks + parts - 1) / parts : 0;  // blocks of a part
@@ -118,7 +315,7 @@ void adamw(const AdamW& p) {
       double moved[2] = {};
       for (int64_t block = i * part; block < std::min(blocks, (i + 1) * part); ++block) {
         const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
-        if (!skip) body(p, scale, begin, end, p.partials != nullptr ? moved : nullptr);
+        if (!skip) range.update(begin, end, p.partials != nullptr ? moved : nullptr);
         if (p.zero_gradients) {
           std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
                       static_cast<size_t>((end - begin) * gradient_size));

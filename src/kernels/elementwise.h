@@ -4,34 +4,42 @@
 
 #include "base/dtype.h"
 #include "kernels/kernel.h"
+#include "kernels/quantize.h"
 
-// Row-by-row work that is bound by memory: norm, SwiGLU, rotary embedding, the embedding table.
-// Letters: T tokens, D hidden, I intermediate, H heads, N nope dims, R rope dims, Vd value dims, V
-// vocabulary. Every dtype is kF32 or kBF16, arithmetic is FP32. A stride counts elements from one
-// row to the next; the last dim is contiguous. All functions throw std::invalid_argument on another
-// dtype, CudaError on a failed launch; T = 0 is allowed.
+// Row-by-row work that is bound by memory: norm, SwiGLU, the embedding table. Letters: T tokens, D
+// hidden, I intermediate, V vocabulary. Every dtype is kF32 or kBF16, arithmetic is FP32. A stride
+// counts elements from one row to the next; the last dim is contiguous. All functions throw
+// std::invalid_argument on another dtype, CudaError on a failed launch; T = 0 is allowed.
 
 namespace dsv3::kernels {
 
 /// s = x (+ residual); y[t] = s[t] · inv_rms[t] · weight, inv_rms[t] = 1 / sqrt(mean(s[t]²) + eps).
 /// Zhang & Sennrich 2019, arXiv:1910.07467. Reads T·D (twice with residual), writes T·D (twice).
 /// Note: with a residual the norm sees s as it was rounded into `sum`, so that backward agrees.
+/// Options: a second norm of the same s with its own weight; y in FP8 besides or instead of y,
+/// quantised from y as rounded to `dtype`, so that it has the bits of rms_norm and quantize_tiles
+/// in turn.
 struct RmsNormForward {
-  int64_t num_tokens;    // T
-  int64_t hidden;        // D
-  int64_t x_stride;      // of x's rows
-  float eps;             // added to the mean of squares
-  DType dtype;           // of x, residual, weight, sum, y
-  const void* x;         // [T, D], rows x_stride apart
-  const void* residual;  // [T, D] contiguous, may be null
-  const void* weight;    // [D]
-  void* sum;             // [T, D] contiguous, given exactly when residual is
-  void* y;               // [T, D] contiguous
-  float* inv_rms;        // [T], saved for backward; may be null
+  int64_t num_tokens;                   // T
+  int64_t hidden;                       // D
+  int64_t x_stride;                     // of x's rows
+  float eps;                            // added to the mean of squares
+  DType dtype;                          // of x, residual, weights, sum, y
+  const void* x;                        // [T, D], rows x_stride apart
+  const void* residual;                 // [T, D] contiguous, may be null
+  const void* weight;                   // [D]
+  void* sum;                            // [T, D] contiguous, given exactly when residual is
+  void* y;                              // [T, D] contiguous; may be null with `quantized`
+  float* inv_rms;                       // [T], saved for backward; may be null
+  const void* second_weight = nullptr;  // [D], may be null
+  void* second_y = nullptr;             // [T, D] contiguous, given exactly when second_weight is
+  ScaleRule rule = {};                  // of `quantized`
+  Fp8Rows quantized = {};               // y in 1×128 tiles, may be empty
 };
 
-/// With x̂ = x · inv_rms: dx[t] = dsum[t] + inv_rms · (dy·weight - x̂ · mean(dy·weight·x̂)), and
-/// dweight += Σ_t dy[t] · x̂[t], summed in FP32 in an order that depends on T and D only.
+/// With x̂ = x · inv_rms and g = dy·weight (+ second_dy·second_weight): dx[t] = dsum[t] +
+/// inv_rms · (g - x̂ · mean(g·x̂)), and dweight += Σ_t dy[t] · x̂[t] (second_dweight likewise), summed
+/// in FP32 in an order that depends on T and D only.
 struct RmsNormBackward {
   int64_t num_tokens;    // T
   int64_t hidden;        // D
@@ -45,82 +53,46 @@ struct RmsNormBackward {
   void* dx;              // [T, D] contiguous
   void* dweight;         // [D], ADDED to; may be null
   DType dweight_dtype;   // kF32 or kBF16
-  float* scratch;  // rms_norm_backward_scratch() floats, uninitialised; unused without dweight
+  float* scratch;  // rms_norm_backward_scratch() floats, uninitialised; unused without dweights
+  const void* second_dy = nullptr;      // [T, D] contiguous, may be null: one norm only
+  const void* second_weight = nullptr;  // [D], given exactly when second_dy is
+  void* second_dweight = nullptr;       // [D] of dweight_dtype, ADDED to; may be null
 };
-int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden);
+int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden, bool second = false);
 
-/// y[t] = silu(gate[t]) · up[t], gate_up[t] = [gate | up], silu(g) = g / (1 + e^-g).
+/// y[t] = silu(gate[t]) · up[t] · row_weight[t], gate_up[t] = [gate | up], silu(g) = g / (1 +
+/// e^-g). FP8 forms are quantised from y as rounded to `dtype`, besides or instead of y; gate_up is
+/// read once.
 struct SwigluForward {
-  int64_t num_tokens;    // T
-  int64_t intermediate;  // I
-  DType dtype;           // of gate_up, y
-  const void* gate_up;   // [T, 2I] contiguous
-  void* y;               // [T, I] contiguous
+  int64_t num_tokens;                 // T
+  int64_t intermediate;               // I
+  DType dtype;                        // of gate_up, y
+  const void* gate_up;                // [T, 2I] contiguous
+  void* y;                            // [T, I] contiguous; may be null with an FP8 form
+  const float* row_weight = nullptr;  // [T], null = 1: the routing weight of an expert's row
+  ScaleRule rule = {};                // of the FP8 forms
+  Fp8Rows rows = {};                  // y [T, I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};            // yᵀ [I, Tp] in 128×1 tiles, may be empty
 };
 
-/// dgate = dy · up · σ(g) · (1 + g · (1 - σ(g))), dup = dy · silu(g).
+/// With d = dy · row_weight: dgate = d · up · σ(g) · (1 + g · (1 - σ(g))), dup = d · silu(g);
+/// drow_weight[t] = Σ_i dy · silu(gate) · up, summed in FP32 in a fixed order. FP8 forms as above.
 struct SwigluBackward {
   int64_t num_tokens;
   int64_t intermediate;
   DType dtype;          // of dy, gate_up, dgate_up
   const void* dy;       // [T, I] contiguous
   const void* gate_up;  // [T, 2I] contiguous
-  void* dgate_up;       // [T, 2I] contiguous; may be gate_up itself
+  void* dgate_up;       // [T, 2I] contiguous; may be gate_up itself; may be null with an FP8 form
+  const float* row_weight = nullptr;  // [T], as in forward
+  float* drow_weight = nullptr;       // [T], may be null
+  float* scratch =
+      nullptr;  // swiglu_backward_scratch() floats, used for drow_weight with an FP8 form
+  ScaleRule rule = {};
+  Fp8Rows rows = {};        // dgate_up [T, 2I] in 1×128 tiles, may be empty
+  Fp8Columns columns = {};  // its transpose [2I, Tp] in 128×1 tiles, may be empty
 };
-
-/// The rotary table and where in it each token stands. Pairs are interleaved: (x0, x1) of pair i
-/// becomes (x0·cos - x1·sin, x1·cos + x0·sin) (Su et al. 2021, arXiv:2104.09864).
-struct RopeTable {
-  int64_t num_positions;     // P
-  int64_t rope_dim;          // R, even
-  const float* cos_sin;      // [P, R]: cos θ_0, sin θ_0, cos θ_1, …
-  const int32_t* positions;  // [T] in [0, P): std::invalid_argument on the host, undefined on CUDA
-};
-
-/// Copies the first N dims of every head and rotates the last R; `inverse` rotates back (the
-/// gradient). Reads and writes T·H·(N + R).
-struct RopeQuery {
-  int64_t num_tokens;  // T
-  int64_t num_heads;   // H
-  int64_t nope_dim;    // N
-  RopeTable table;
-  bool inverse;
-  int64_t x_stride;  // of x's tokens
-  DType dtype;       // of x, y
-  const void* x;     // [T, H, N + R], tokens x_stride apart
-  void* y;           // [T, H, N + R] contiguous; may be x itself when that is contiguous
-};
-
-/// k[t, h] = [kv[t, h, :N] | rotated k_rope[t]], the same rotated part for all heads.
-struct RopeKeyForward {
-  int64_t num_tokens;  // T
-  int64_t num_heads;   // H
-  int64_t nope_dim;    // N
-  int64_t value_dim;   // Vd
-  RopeTable table;
-  int64_t k_rope_stride;  // of k_rope's rows
-  DType dtype;            // of kv, k_rope, k
-  const void* kv;         // [T, H, N + Vd] contiguous
-  const void* k_rope;     // [T, R], rows k_rope_stride apart, not rotated
-  void* k;                // [T, H, N + R] contiguous
-};
-
-/// dkv[t, h] = [dk[t, h, :N] | dv[t, h]]; dk_rope[t] = rotated back Σ_h dk[t, h, N:], summed in
-/// FP32 in the order of heads (CUDA: in a fixed order).
-struct RopeKeyBackward {
-  int64_t num_tokens;
-  int64_t num_heads;
-  int64_t nope_dim;
-  int64_t value_dim;
-  RopeTable table;
-  int64_t dk_token_stride, dk_head_stride;
-  int64_t dv_token_stride, dv_head_stride;
-  DType dtype;     // of all
-  const void* dk;  // [T, H, N + R], may be null (= 0)
-  const void* dv;  // [T, H, Vd], may be null (= 0)
-  void* dkv;       // [T, H, N + Vd] contiguous
-  void* dk_rope;   // [T, R] contiguous
-};
+int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate);
 
 /// y[t] = table[ids[t]].
 struct EmbeddingForward {
@@ -153,9 +125,6 @@ DSV3_DECLARE_KERNEL(rms_norm_forward, RmsNormForward)
 DSV3_DECLARE_KERNEL(rms_norm_backward, RmsNormBackward)
 DSV3_DECLARE_KERNEL(swiglu_forward, SwigluForward)
 DSV3_DECLARE_KERNEL(swiglu_backward, SwigluBackward)
-DSV3_DECLARE_KERNEL(rope_query, RopeQuery)
-DSV3_DECLARE_KERNEL(rope_key_forward, RopeKeyForward)
-DSV3_DECLARE_KERNEL(rope_key_backward, RopeKeyBackward)
 DSV3_DECLARE_KERNEL(embedding_forward, EmbeddingForward)
 DSV3_DECLARE_KERNEL(embedding_backward, EmbeddingBackward)
 

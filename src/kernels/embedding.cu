@@ -4,9 +4,9 @@
 // chunks of 32 sorted tokens (times 1024 columns), sum each run of equal ids in FP32, and add runs
 // that lie within the chunk to the table's gradient. What crosses a chunk's border goes to scratch:
 // slot 0 the share of a run that began before the chunk, slot 1 of one that begins in it and goes
-// on. A second kernel lets the chunk where such a run begins add the shares in order. One id for
-// all tokens is as fast as all different; no atomics, nothing meets the host, the same bits every
-// time.
+// on. A second kernel lets the chunk where such a run begins add the shares: eight rows of threads
+// take every eighth share each and are added in order, so that an id repeated thousands of times is
+// no chain of thousands of loads. No atomics, nothing meets the host, the same bits every time.
 
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
@@ -22,6 +22,7 @@ using detail::kVector;
 constexpr int kChunk = 32;  // sorted tokens per block
 constexpr int kThreads = 128;
 constexpr int kBatch = 4;  // rows whose loads are in flight together
+constexpr int kJoinLanes = 32, kJoinRows = 8;
 
 constexpr int64_t aligned(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -149,22 +150,57 @@ __global__ void __launch_bounds__(kThreads) sum_chunk_kernel(EmbeddingBackward p
   }
 }
 
-/// grid (chunks, column tiles): the chunk in which a crossing run begins adds the run's shares.
+/// The last of the chunks from `chunk` on (where one begins with `id`) that begin with `id`.
+__device__ int64_t last_of_run(const Scratch& s, int64_t num_tokens, int64_t chunk, int32_t id) {
+  const auto goes_on = [&](int64_t c) {
+    return c * kChunk < num_tokens && s.sorted_ids[c * kChunk] == id;
+  };
+  int64_t step = 1;
+  while (goes_on(chunk + step)) {
+    chunk += step;
+    step *= 2;
+  }
+  while (step > 1) {
+    step /= 2;
+    if (goes_on(chunk + step)) chunk += step;
+  }
+  return chunk;
+}
+
+/// grid (chunks, column tiles), blockDim (kJoinLanes, kJoinRows): the chunk in which a crossing run
+/// begins adds the run's shares.
 template <typename G, int kVec>
-__global__ void __launch_bounds__(kThreads) join_chunks_kernel(EmbeddingBackward p, Scratch s) {
+__global__ void __launch_bounds__(kJoinLanes* kJoinRows)
+    join_chunks_kernel(EmbeddingBackward p, Scratch s) {
+  __shared__ __align__(16) float parts[kJoinRows][kJoinLanes * kVec];
   const int64_t begin = int64_t{blockIdx.x} * kChunk, end = begin + kChunk;
   if (end >= p.num_tokens) return;
   const int32_t id = s.sorted_ids[end - 1];
-  if (s.sorted_ids[end] != id) return;
+  if (s.sorted_ids[end] != id || id < 0 || id >= p.vocab) return;
   if (begin > 0 && s.sorted_ids[begin - 1] == id) return;  // it began earlier
-  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kVec;
-  if (column >= p.hidden || id < 0 || id >= p.vocab) return;
-  float sum[kVec], v[kVec];
-  detail::load_n<kVec>(s.shares + (blockIdx.x * int64_t{2} + 1) * p.hidden + column, sum);
-  for (int64_t at = end; at < p.num_tokens && s.sorted_ids[at] == id; at += kChunk) {
-    detail::load_n<kVec>(s.shares + at / kChunk * 2 * p.hidden + column, v);
+  const int64_t last = last_of_run(s, p.num_tokens, int64_t{blockIdx.x} + 1, id);
+  const int64_t column = (int64_t{blockIdx.y} * kJoinLanes + threadIdx.x) * kVec;
+  const bool inside = column < p.hidden;
+  float sum[kVec] = {};
+  if (inside) {
+    const float* const shares = s.shares + column;
+    if (threadIdx.y == 0) {
+      detail::load_n<kVec>(shares + (blockIdx.x * int64_t{2} + 1) * p.hidden, sum);
+    }
+#pragma unroll 4
+    for (int64_t c = int64_t{blockIdx.x} + 1 + threadIdx.y; c <= last; c += kJoinRows) {
+      float v[kVec];
+      detail::load_n<kVec>(shares + c * 2 * p.hidden, v);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) sum[e] += v[e];
+      for (int e = 0; e < kVec; ++e) sum[e] += v[e];
+    }
+    detail::store_n<kVec>(&parts[threadIdx.y][threadIdx.x * kVec], sum);
+  }
+  __syncthreads();
+  if (!inside || threadIdx.y != 0) return;
+  for (int row = 1; row < kJoinRows; ++row) {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) sum[e] += parts[row][threadIdx.x * kVec + e];
   }
   add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
 }
@@ -175,7 +211,9 @@ void launch_backward(const EmbeddingBackward& p, const Scratch& s, cudaStream_t 
   const int64_t tiles = (p.hidden + kThreads * kVec - 1) / (kThreads * kVec);
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(tiles));
   sum_chunk_kernel<T, G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
-  join_chunks_kernel<G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
+  const int64_t join_tiles = (p.hidden + kJoinLanes * kVec - 1) / (kJoinLanes * kVec);
+  const dim3 join_grid(static_cast<unsigned>(chunks), static_cast<unsigned>(join_tiles));
+  join_chunks_kernel<G, kVec><<<join_grid, dim3(kJoinLanes, kJoinRows), 0, stream>>>(p, s);
 }
 
 }  // namespace

@@ -27,11 +27,20 @@ int64_t embedding_backward_scratch(int64_t, int64_t, int64_t) {
 // optimizer
 DSV3_NO_CUDA(normal_fill, NormalFill)
 DSV3_NO_CUDA(adamw, AdamW)
+DSV3_NO_CUDA(adamw_fp8, AdamWFp8)
 DSV3_NO_CUDA(sum_of_squares, SumOfSquares)
 DSV3_NO_CUDA(finish_norm, FinishNorm)
 
 // loss
 DSV3_NO_CUDA(cross_entropy, CrossEntropy)
+DSV3_NO_CUDA(cross_entropy_statistics, CrossEntropyStatistics)
+DSV3_NO_CUDA(cross_entropy_finish, CrossEntropyFinish)
+
+// quantize
+DSV3_NO_CUDA(quantize_tiles, QuantizeTiles)
+DSV3_NO_CUDA(quantize_blocks, QuantizeBlocks)
+DSV3_NO_CUDA(dequantize, Dequantize)
+DSV3_NO_CUDA(latent_cache_write, LatentCacheWrite)
 
 // routing
 DSV3_NO_CUDA(route_forward, RouteForward)

@@ -12,8 +12,10 @@ namespace dsv3::kernels {
 ///   w -= lr · decay · w
 ///   m = β1 m + (1 - β1) g,   v = β2 v + (1 - β2) g²
 ///   w -= lr / correction1 · m / (sqrt(v / correction2) + eps)
-/// and, when `partials` is given, how far the weights moved.
-/// One pass over memory: 28 bytes an element for FP32, 14–30 for BF16 weights.
+///   ema = ema_decay · ema + (1 - ema_decay) · w
+/// One pass over memory: 28 bytes an element for FP32, 14–30 for BF16 weights, and what zeroed
+/// gradients (one write) and the EMA (a read and a write) add. When `partials` is given, how far
+/// the weights moved is summed on the way.
 struct AdamW {
   int64_t size;          // elements of the range
   DType weight_dtype;    // kF32 or kBF16
@@ -26,14 +28,27 @@ struct AdamW {
   void* exp_avg_sq;      // [size] v
   float learning_rate;
   float beta1, beta2, eps;
-  float weight_decay;           // of this range; 0 for norms and the like
-  float correction1;            // 1 - β1^step, step counted from 1
-  float correction2;            // 1 - β2^step
+  float weight_decay;  // of elements [0, decay_end); the rest (norms and the like) has none
+  float correction1;   // 1 - β1^step, step counted from 1
+  float correction2;   // 1 - β2^step
   const float* gradient_scale;  // [1] on the device (the clip factor), may be null (= 1)
   const int32_t* skip;          // [1] on the device, may be null; non-zero: no update
   bool zero_gradients;          // zero them in the same pass, also when skipped
-  double* partials;  // [adamw_partials(size), 2], may be null: parts of Σ (w after - w before)² and
-                     // of Σ (w before)², before w is rounded to BF16; zeros when skipped
+  int64_t decay_end = INT64_MAX;
+  void* ema = nullptr;  // [size], may be null: a running mean of the weights
+  DType ema_dtype = DType::kF32;
+  float ema_decay = 0.0f;
+  /// BF16 weights without a master and BF16 moments are rounded up or down at random, with the
+  /// probabilities that keep the mean, instead of to nearest. The random bits of element i are a
+  /// function of (seed, step, first_index + i) only, whatever the device and the cut into ranges.
+  /// Note: on CUDA a range is fast when first_index is a multiple of 8.
+  bool stochastic_rounding = false;
+  uint64_t seed = 0;
+  uint64_t step = 0;
+  int64_t first_index = 0;     // of element 0 among all elements of the run, ≥ 0
+  double* partials = nullptr;  // [adamw_partials(size), 2], may be null: parts of Σ (w after - w
+                               // before)² and of Σ (w before)², before w after is rounded to BF16;
+                               // zeros when skipped. adamw_fp8 does not fill it
 };
 
 /// Parts that one pass leaves, a pure function of the range's size: adding them in order gives the
@@ -43,6 +58,22 @@ constexpr int64_t adamw_partials(int64_t size) {
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   return blocks < kMost ? blocks : kMost;
 }
+
+/// AdamW over a matrix [rows, columns] of a flat range, whose new weights (the master where there
+/// is one) are also written as E4M3 in 128×128 blocks: amax = max |w| of the block, at least
+/// min_amax; scale = amax / 448, with power_of_two rounded up to one; code = w / scale, to nearest
+/// even. A block of threads keeps a whole block of weights on chip between its update and its
+/// quantisation: memory is passed once.
+struct AdamWFp8 {
+  AdamW update;  // of rows · columns elements; `weights` may be null beside a master
+  int64_t rows;
+  int64_t columns;
+  uint8_t* codes;        // [rows, columns] contiguous
+  float* scales;         // block (i, j) at i · scale_stride + j: value = code · scale
+  int64_t scale_stride;  // ≥ ceil(columns / 128)
+  bool power_of_two = false;
+  float min_amax = 0x1p-100f;
+};
 
 /// result[0] = Σ x², in FP64, by partial sums in a fixed order: the same bits on every run.
 struct SumOfSquares {
@@ -82,6 +113,7 @@ struct NormalFill {
 };
 
 DSV3_DECLARE_KERNEL(adamw, AdamW)
+DSV3_DECLARE_KERNEL(adamw_fp8, AdamWFp8)
 DSV3_DECLARE_KERNEL(sum_of_squares, SumOfSquares)
 DSV3_DECLARE_KERNEL(finish_norm, FinishNorm)
 DSV3_DECLARE_KERNEL(normal_fill, NormalFill)

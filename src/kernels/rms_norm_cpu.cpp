@@ -1,9 +1,12 @@
-// RMSNorm on the host: threads over rows, two passes over a row that stays in the first cache
-// level. The weight's gradient is summed over fixed blocks of rows, then over the blocks in order,
-// so that the number of threads does not change a bit.
+// RMSNorm on the host: threads over rows, a few passes over a row that stays in the first
+// cache levels; large results are written past the caches. The weight's gradient is summed over
+// fixed blocks of rows, then over the blocks in order, so that the number of threads does not
+// change a bit.
 #include <cmath>
 
 #include "kernels/detail/cpu.h"
+#include "kernels/detail/fp8_cpu.h"
+#include "kernels/detail/streaming.h"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels {
@@ -14,9 +17,9 @@ constexpr int64_t kMaxPartials = 528;
 constexpr int64_t kRowsPerPartial = 16;
 }  // namespace
 
-int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden) {
+int64_t rms_norm_backward_scratch(int64_t num_tokens, int64_t hidden, bool second) {
   const int64_t blocks = (num_tokens + kRowsPerPartial - 1) / kRowsPerPartial;
-  return std::min(std::max<int64_t>(blocks, 1), kMaxPartials) * hidden;
+  return std::min(std::max<int64_t>(blocks, 1), kMaxPartials) * hidden * (second ? 2 : 1);
 }
 
 namespace cpu {
@@ -24,105 +27,205 @@ namespace {
 
 constexpr int64_t kHostRowsPerPartial = 64;
 constexpr int64_t kHostMaxPartials = 64;
+/// Elements of a row that a thread keeps while it is normalised.
+constexpr int64_t kKeptRow = 8192;
+
+/// out = x + residual.
+template <typename T>
+DSV3_INLINE void add_row(const T* __restrict x, const T* __restrict residual, int64_t size,
+                         T* __restrict out) {
+#pragma omp simd
+  for (int64_t d = 0; d < size; ++d) {
+    detail::store(&out[d], detail::load(&x[d]) + detail::load(&residual[d]));
+  }
+}
 
 template <typename T>
-DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end) {
-  const int64_t D = p.hidden;
+DSV3_INLINE void scale_row(const T* __restrict x, const T* __restrict weight, float inv_rms,
+                           int64_t size, bool streamed, T* y) {
+  detail::write_row(
+      y, size,
+      streamed, [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
+#pragma omp simd
+        for (int64_t d = first; d < last; ++d) {
+          detail::store(&out[d - first],
+                        detail::load(&x[d]) * (inv_rms * detail::load(&weight[d])));
+        }
+      });
+}
+
+template <typename T>
+DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __restrict x,
+                              float inv_rms) {
   const T* __restrict weight = static_cast<const T*>(p.weight);
-  for (int64_t t = begin; t < end; ++t) {
-    const T* __restrict x = static_cast<const T*>(p.x) + t * p.x_stride;
-    T* __restrict y = static_cast<T*>(p.y) + t * D;
-    float squares = 0.0f;
-    if (p.residual != nullptr) {
-      const T* __restrict residual = static_cast<const T*>(p.residual) + t * D;
-      T* __restrict sum = static_cast<T*>(p.sum) + t * D;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t d = 0; d < D; ++d) {
-        detail::store(&sum[d], detail::load(&x[d]) + detail::load(&residual[d]));
-        const float s = detail::load(&sum[d]);
-        squares += s * s;
-      }
-      x = sum;
-    } else {
-#pragma omp simd reduction(+ : squares)
-      for (int64_t d = 0; d < D; ++d) {
-        const float s = detail::load(&x[d]);
-        squares += s * s;
-      }
+  for (int64_t first = 0; first < p.hidden; first += kFp8Tile) {
+    const int64_t size = std::min(kFp8Tile, p.hidden - first);
+    float tile[kFp8Tile];
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) {
+      T rounded;
+      detail::store(&rounded,
+                    detail::load(&x[first + d]) * (inv_rms * detail::load(&weight[first + d])));
+      tile[d] = detail::load(&rounded);
     }
+    const auto scale = kernels::detail::tile_scale(detail::amax_row(tile, size), p.rule);
+    p.quantized.scales[first / kFp8Tile * p.quantized.scale_stride + t] = scale.scale;
+    detail::encode_row(tile, size, scale.inverse, p.quantized.data + t * p.hidden + first);
+  }
+}
+
+template <typename T>
+DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end, bool streamed) {
+  const int64_t D = p.hidden;
+  alignas(64) T kept[kKeptRow];
+  for (int64_t t = begin; t < end; ++t) {
+    const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
+    if (p.residual != nullptr) {
+      T* sum = static_cast<T*>(p.sum) + t * D;
+      // A streamed row is read again from here.
+      T* to = streamed && D <= kKeptRow ? kept : sum;
+      add_row(x, static_cast<const T*>(p.residual) + t * D, D, to);
+      if (to != sum) detail::stream_bytes(sum, to, D * static_cast<int64_t>(sizeof(T)));
+      x = to;
+    }
+    const float squares = detail::dot_rows(x, x, D);
     const float inv_rms = 1.0f / std::sqrt(squares / static_cast<float>(D) + p.eps);
     if (p.inv_rms != nullptr) p.inv_rms[t] = inv_rms;
+    if (p.y != nullptr) {
+      scale_row(x, static_cast<const T*>(p.weight), inv_rms, D, streamed,
+                static_cast<T*>(p.y) + t * D);
+    }
+    if (p.second_weight != nullptr) {
+      scale_row(x, static_cast<const T*>(p.second_weight), inv_rms, D, streamed,
+                static_cast<T*>(p.second_y) + t * D);
+    }
+    if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms);
+  }
+  detail::stream_fence();
+}
+
+/// The rows of a token in backward.
+template <typename T>
+struct BackwardRow {
+  const T *dy, *x, *weight, *second_dy, *second_weight, *dsum;
+};
+
+/// dy·weight, of both norms where kSecond.
+template <bool kSecond, typename T>
+DSV3_INLINE float weighted(const BackwardRow<T>& row, int64_t d) {
+  float g = detail::load(&row.dy[d]) * detail::load(&row.weight[d]);
+  if constexpr (kSecond) {
+    g += detail::load(&row.second_dy[d]) * detail::load(&row.second_weight[d]);
+  }
+  return g;
+}
+
+/// Σ dy·weight · x, in an order that depends on the size only.
+template <bool kSecond, typename T>
+DSV3_INLINE float weighted_dot(const BackwardRow<T>& row, int64_t size) {
+  detail::LaneFloats sum = {}, g, w, v;
+  int64_t d = 0;
+  for (; d + detail::kLanes <= size; d += detail::kLanes) {
+    detail::load_lanes(row.dy + d, g);
+    detail::load_lanes(row.weight + d, w);
+    g *= w;
+    if constexpr (kSecond) {
+      detail::load_lanes(row.second_dy + d, v);
+      detail::load_lanes(row.second_weight + d, w);
+      g += v * w;
+    }
+    detail::load_lanes(row.x + d, v);
+    sum += g * v;
+  }
+  float total = detail::sum_of_lanes(sum);
+  for (; d < size; ++d) total += weighted<kSecond>(row, d) * detail::load(&row.x[d]);
+  return total;
+}
+
+/// partial += dy · x̂.
+template <typename T>
+DSV3_INLINE void add_weight_share(const T* __restrict dy, const T* __restrict x, float inv_rms,
+                                  int64_t size, float* __restrict partial) {
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d)
-      detail::store(&y[d], detail::load(&x[d]) * inv_rms * detail::load(&weight[d]));
+  for (int64_t d = 0; d < size; ++d) {
+    partial[d] += detail::load(&dy[d]) * (detail::load(&x[d]) * inv_rms);
   }
 }
 
-/// `partial` [D] or null: where these rows' share of dweight is summed.
-template <typename T>
-DSV3_INLINE void backward_body(const RmsNormBackward& p, int64_t begin, int64_t end,
+template <bool kSecond, bool kSum, typename T>
+DSV3_INLINE void write_dx(const BackwardRow<T>& row, float inv_rms, float slope, int64_t size,
+                          bool streamed, T* dx) {
+  detail::write_row(
+      dx, size,
+      streamed, [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
+#pragma omp simd
+        for (int64_t d = first; d < last; ++d) {
+          float v = weighted<kSecond>(row, d) * inv_rms - detail::load(&row.x[d]) * slope;
+          if constexpr (kSum) v += detail::load(&row.dsum[d]);
+          detail::store(&out[d - first], v);
+        }
+      });
+}
+
+/// `partial` [D] ([2, D] with a second norm): where these rows' shares of the weights' gradients
+/// are summed; null = not wanted.
+template <bool kSecond, typename T>
+DSV3_INLINE void backward_body(const RmsNormBackward& p, int64_t begin, int64_t end, bool streamed,
                                float* __restrict partial) {
   const int64_t D = p.hidden;
-  const T* __restrict weight = static_cast<const T*>(p.weight);
-  for (int64_t d = 0; partial != nullptr && d < D; ++d) partial[d] = 0.0f;
+  const int64_t size = partial == nullptr ? 0 : kSecond ? 2 * D : D;
+  for (int64_t d = 0; d < size; ++d) partial[d] = 0.0f;
   for (int64_t t = begin; t < end; ++t) {
-    const T* __restrict x = static_cast<const T*>(p.x) + t * p.x_stride;
-    const T* __restrict dy = static_cast<const T*>(p.dy) + t * D;
-    T* __restrict dx = static_cast<T*>(p.dx) + t * D;
+    const auto at = [&](const void* rows, int64_t stride) {
+      return rows != nullptr ? static_cast<const T*>(rows) + t * stride : nullptr;
+    };
+    const BackwardRow<T> row{at(p.dy, D),        at(p.x, p.x_stride),    at(p.weight, 0),
+                             at(p.second_dy, D), at(p.second_weight, 0), at(p.dsum, D)};
     const float inv_rms = p.inv_rms[t];
-    float dot = 0.0f;
+    const float dot = weighted_dot<kSecond>(row, D);
     if (partial != nullptr) {
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < D; ++d) {
-        const float g = detail::load(&dy[d]) * detail::load(&x[d]);
-        partial[d] += g * inv_rms;
-        dot += g * detail::load(&weight[d]);
-      }
-    } else {
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < D; ++d)
-        dot += detail::load(&dy[d]) * detail::load(&x[d]) * detail::load(&weight[d]);
+      add_weight_share(row.dy, row.x, inv_rms, D, partial);
+      if constexpr (kSecond) add_weight_share(row.second_dy, row.x, inv_rms, D, partial + D);
     }
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(D);
+    T* dx = static_cast<T*>(p.dx) + t * D;
     if (p.dsum != nullptr) {
-      const T* __restrict dsum = static_cast<const T*>(p.dsum) + t * D;
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        detail::store(&dx[d], detail::load(&dsum[d]) +
-                                  detail::load(&dy[d]) * detail::load(&weight[d]) * inv_rms -
-                                  detail::load(&x[d]) * slope);
-      }
+      write_dx<kSecond, true>(row, inv_rms, slope, D, streamed, dx);
     } else {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        detail::store(&dx[d], detail::load(&dy[d]) * detail::load(&weight[d]) * inv_rms -
-                                  detail::load(&x[d]) * slope);
-      }
+      write_dx<kSecond, false>(row, inv_rms, slope, D, streamed, dx);
     }
   }
+  detail::stream_fence();
 }
 
-DSV3_CLONES void forward_rows(const RmsNormForward& p, const float*, int64_t begin, int64_t end) {
-  forward_body<float>(p, begin, end);
+DSV3_CLONES void forward_rows(const RmsNormForward& p, const float*, int64_t begin, int64_t end,
+                              bool streamed) {
+  forward_body<float>(p, begin, end, streamed);
 }
-DSV3_CLONES void forward_rows(const RmsNormForward& p, const BFloat16*, int64_t begin,
-                              int64_t end) {
-  forward_body<BFloat16>(p, begin, end);
+DSV3_CLONES void forward_rows(const RmsNormForward& p, const BFloat16*, int64_t begin, int64_t end,
+                              bool streamed) {
+  forward_body<BFloat16>(p, begin, end, streamed);
 }
 DSV3_CLONES void backward_rows(const RmsNormBackward& p, const float*, int64_t begin, int64_t end,
-                               float* partial) {
-  backward_body<float>(p, begin, end, partial);
+                               bool streamed, float* partial) {
+  if (p.second_dy != nullptr) return backward_body<true, float>(p, begin, end, streamed, partial);
+  backward_body<false, float>(p, begin, end, streamed, partial);
 }
 DSV3_CLONES void backward_rows(const RmsNormBackward& p, const BFloat16*, int64_t begin,
-                               int64_t end, float* partial) {
-  backward_body<BFloat16>(p, begin, end, partial);
+                               int64_t end, bool streamed, float* partial) {
+  if (p.second_dy != nullptr) {
+    return backward_body<true, BFloat16>(p, begin, end, streamed, partial);
+  }
+  backward_body<false, BFloat16>(p, begin, end, streamed, partial);
 }
 
-/// dweight[d] += Σ partials[b, d], in the order of the blocks; the first block's row is the sum.
+/// dweight[d] += Σ partials[b, d], in the order of the blocks; the first block's row becomes the
+/// sum.
 template <typename T>
-void add_partials(T* dweight, float* __restrict partials, int64_t blocks, int64_t D) {
+void add_partials(T* dweight, float* __restrict partials, int64_t blocks, int64_t stride,
+                  int64_t D) {
   for (int64_t b = 1; b < blocks; ++b) {
-    const float* __restrict row = partials + b * D;
+    const float* __restrict row = partials + b * stride;
     for (int64_t d = 0; d < D; ++d) partials[d] += row[d];
   }
   for (int64_t d = 0; d < D; ++d) {
@@ -133,18 +236,23 @@ void add_partials(T* dweight, float* __restrict partials, int64_t blocks, int64_
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& p) {
+  const int64_t row_bytes = p.hidden * size_of(p.dtype);
+  const bool streamed = p.num_tokens * row_bytes >= detail::kStreamedBytes;
   detail::dispatch_float("rms_norm", p.dtype, [&](auto* type) {
-    detail::parallel_rows(p.num_tokens, 3 * p.hidden * size_of(p.dtype),
-                          [&](int64_t begin, int64_t end) { forward_rows(p, type, begin, end); });
+    detail::parallel_rows(p.num_tokens, 3 * row_bytes, [&](int64_t begin, int64_t end) {
+      forward_rows(p, type, begin, end, streamed);
+    });
   });
 }
 
 void rms_norm_backward(const RmsNormBackward& p) {
-  const int64_t bytes = 4 * p.hidden * size_of(p.dtype);
+  const int64_t row_bytes = p.hidden * size_of(p.dtype);
+  const bool streamed = p.num_tokens * row_bytes >= detail::kStreamedBytes;
+  const bool weights = p.dweight != nullptr || p.second_dweight != nullptr;
   detail::dispatch_float("rms_norm_backward", p.dtype, [&](auto* type) {
-    if (p.dweight == nullptr) {
-      detail::parallel_rows(p.num_tokens, bytes, [&](int64_t begin, int64_t end) {
-        backward_rows(p, type, begin, end, nullptr);
+    if (!weights) {
+      detail::parallel_rows(p.num_tokens, 4 * row_bytes, [&](int64_t begin, int64_t end) {
+        backward_rows(p, type, begin, end, streamed, nullptr);
       });
       return;
     }
@@ -152,14 +260,22 @@ void rms_norm_backward(const RmsNormBackward& p) {
         std::min((p.num_tokens + kHostRowsPerPartial - 1) / kHostRowsPerPartial, kHostMaxPartials);
     if (blocks == 0) return;
     const int64_t rows = (p.num_tokens + blocks - 1) / blocks;
-    detail::parallel_rows(blocks, rows * bytes, [&](int64_t begin, int64_t end) {
+    const int64_t stride = p.second_dy != nullptr ? 2 * p.hidden : p.hidden;
+    detail::parallel_rows(blocks, rows * 4 * row_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         backward_rows(p, type, std::min(b * rows, p.num_tokens),
-                      std::min((b + 1) * rows, p.num_tokens), p.scratch + b * p.hidden);
+                      std::min((b + 1) * rows, p.num_tokens), streamed, p.scratch + b * stride);
       }
     });
     detail::dispatch_float("rms_norm_backward", p.dweight_dtype, [&](auto* grad) {
-      add_partials(static_cast<decltype(grad)>(p.dweight), p.scratch, blocks, p.hidden);
+      using G = std::remove_pointer_t<decltype(grad)>;
+      if (p.dweight != nullptr) {
+        add_partials(static_cast<G*>(p.dweight), p.scratch, blocks, stride, p.hidden);
+      }
+      if (p.second_dweight != nullptr) {
+        add_partials(static_cast<G*>(p.second_dweight), p.scratch + p.hidden, blocks, stride,
+                     p.hidden);
+      }
     });
   });
 }

@@ -1,17 +1,18 @@
-// Rotary embedding on the device: a block per token, its threads along the heads' dims, 8 elements
-// (4 pairs) each. Everything is read and written once: query 4·T·H·(N + R) bytes in BF16, key
-// 2·T·H·(2N + R), its gradient 2·T·H·(2N + 2Vd + R). Memory bound.
+// Rotary embedding on the device: heads are copied, assembled and rotated in one pass.
 //
-// The key's gradient sums the rope part over heads: thread groups take every n-th head, shares meet
-// in shared memory and are added in a fixed order.
+// A row is one head of one token. Threads stand along its dims, 8 elements (4 pairs) each, so a
+// thread copies or rotates and never divides for its column; a block takes 4 · blockDim.y rows, and
+// each thread has the loads of its 4 rows in flight before the first is used. Nothing is shared
+// between threads: the angles, and the key that all heads share, are read again from the first
+// cache. Bytes in BF16: query 4·T·H·(N + R), in place 4·T·H·R, key 2·T·H·(2N + R). Memory bound.
 //
-// Dims that are not multiples of 8 and unaligned pointers take the same kernels one element (or
-// pair) at a time.
+// Dims that are not multiples of 8 and unaligned pointers go an element or pair at a time.
 
-#include <string>
+#include "kernels/rope.h"
 
 #include "kernels/detail/group.cuh"
-#include "kernels/elementwise.h"
+#include "kernels/detail/rotate.cuh"
+#include "kernels/detail/words.cuh"
 
 namespace dsv3::kernels::cuda {
 namespace {
@@ -19,137 +20,90 @@ namespace {
 using detail::kVector;
 
 constexpr int kThreads = 256;
+constexpr int kRows = 4;  // of a thread, whose loads are in flight together
 
-/// Rotates the pairs of v (kVec elements, even) by the angles at cos_sin; `sign` = -1 rotates back.
-template <int kVec>
-__device__ __forceinline__ void rotate(float (&v)[kVec], const float* cos_sin, float sign) {
-  float cs[kVec];
-  detail::load_n<kVec>(cos_sin, cs);
+/// A part of the heads in memory: element (t, h, d) at t · token + h · head + d.
+template <typename T>
+struct Part {
+  T* data;
+  int64_t token, head;
+};
+
+/// y[t, h] = [nope[t, h] | rotated rope[t, h]].
+template <typename T>
+struct Assembly {
+  int64_t num_rows;  // T · H
+  int num_heads;     // H
+  int nope_dim;      // N, 0 in place
+  RopeTable table;
+  float sign;  // -1 rotates back
+  Part<const T> nope, rope;
+  Part<T> y;
+};
+
+/// blockDim (lanes of 8 elements, rows); grid over rows.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) assemble_kernel(Assembly<T> p) {
+  const int lane = threadIdx.x, nope_lanes = p.nope_dim / kVector;
+  const bool rotates = lane >= nope_lanes;
+  const Part<const T> from = rotates ? p.rope : p.nope;
+  const int column = (rotates ? lane - nope_lanes : lane) * kVector;
+  const int64_t first = int64_t{blockIdx.x} * (kRows * blockDim.y);
+  const int64_t first_token = first / p.num_heads;
+  const auto first_head = static_cast<unsigned>(first - first_token * p.num_heads);
+  detail::Words8<T> unit[kRows];
+  int64_t token[kRows];
+  int head[kRows];
+  bool valid[kRows];
 #pragma unroll
-  for (int i = 0; i < kVec; i += 2) {
-    const float a = v[i], b = v[i + 1], c = cs[i], s = sign * cs[i + 1];
-    v[i] = a * c - b * s;
-    v[i + 1] = b * c + a * s;
+  for (int j = 0; j < kRows; ++j) {
+    const unsigned local = threadIdx.y + j * blockDim.y;
+    const unsigned at = first_head + local, heads = p.num_heads;
+    valid[j] = first + local < p.num_rows;
+    token[j] = first_token + at / heads;
+    head[j] = static_cast<int>(at % heads);
+    if (valid[j]) unit[j].load(from.data + token[j] * from.token + head[j] * from.head + column);
   }
-}
-
-template <int kVec, typename T>
-__device__ __forceinline__ void copy_n(const T* x, T* y) {
-  float v[kVec];
-  detail::load_n<kVec>(x, v);
-  detail::store_n<kVec>(y, v);
-}
-
-/// kVec = 8, or 2: then the first N dims go one at a time and the rest in pairs.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) query_kernel(RopeQuery p) {
-  constexpr int kCopy = kVec == kVector ? kVector : 1;
-  const int64_t t = blockIdx.x;
-  const int N = static_cast<int>(p.nope_dim), R = static_cast<int>(p.table.rope_dim);
-  const int copies = N / kCopy, per_head = copies + R / kVec;
-  const int units = static_cast<int>(p.num_heads) * per_head;
-  const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
-  T* y = static_cast<T*>(p.y) + t * p.num_heads * (N + R);
-  const float* cos_sin = p.table.cos_sin + int64_t{p.table.positions[t]} * R;
-  const float sign = p.inverse ? -1.0f : 1.0f;
-  for (int unit = threadIdx.x; unit < units; unit += kThreads) {
-    const int head = unit / per_head, i = unit % per_head;
-    if (i < copies) {
-      const int offset = head * (N + R) + i * kCopy;
-      copy_n<kCopy>(x + offset, y + offset);
-    } else {
-      const int pair = (i - copies) * kVec, offset = head * (N + R) + N + pair;
-      float v[kVec];
-      detail::load_n<kVec>(x + offset, v);
-      rotate<kVec>(v, cos_sin + pair, sign);
-      detail::store_n<kVec>(y + offset, v);
-    }
-  }
-}
-
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) key_forward_kernel(RopeKeyForward p) {
-  extern __shared__ __align__(16) float rotated[];  // [R]
-  const int64_t t = blockIdx.x;
-  const int N = static_cast<int>(p.nope_dim), R = static_cast<int>(p.table.rope_dim);
-  const T* k_rope = static_cast<const T*>(p.k_rope) + t * p.k_rope_stride;
-  const float* cos_sin = p.table.cos_sin + int64_t{p.table.positions[t]} * R;
-  for (int i = 2 * threadIdx.x; i < R; i += 2 * kThreads) {
-    float v[2] = {detail::to_float(k_rope[i]), detail::to_float(k_rope[i + 1])};
-    rotate<2>(v, cos_sin + i, 1.0f);
-    rotated[i] = v[0];
-    rotated[i + 1] = v[1];
-  }
-  __syncthreads();
-  const int kv_width = N + static_cast<int>(p.value_dim);
-  const int copies = N / kVec, per_head = (N + R) / kVec;
-  const T* kv = static_cast<const T*>(p.kv) + t * p.num_heads * kv_width;
-  T* k = static_cast<T*>(p.k) + t * p.num_heads * (N + R);
-  for (int unit = threadIdx.x; unit < static_cast<int>(p.num_heads) * per_head; unit += kThreads) {
-    const int head = unit / per_head, i = unit % per_head;
-    T* out = k + head * (N + R) + i * kVec;
-    if (i < copies) {
-      copy_n<kVec>(kv + head * kv_width + i * kVec, out);
-    } else {
-      float v[kVec];
-      detail::load_n<kVec>(rotated + (i - copies) * kVec, v);
-      detail::store_n<kVec>(out, v);
-    }
-  }
-}
-
-/// Groups of threads that share out the heads when R / kVec threads cover the rope part.
-inline int head_groups(int64_t rope_dim, int vector) {
-  return static_cast<int>(std::max<int64_t>(1, kThreads * vector / rope_dim));
-}
-
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) key_backward_kernel(RopeKeyBackward p, int groups) {
-  extern __shared__ __align__(16) float shares[];  // [groups, R]
-  const int64_t t = blockIdx.x;
-  const int N = static_cast<int>(p.nope_dim), R = static_cast<int>(p.table.rope_dim);
-  const int H = static_cast<int>(p.num_heads), width = N + static_cast<int>(p.value_dim);
-  const T* dk = static_cast<const T*>(p.dk) + t * p.dk_token_stride;
-  const T* dv = static_cast<const T*>(p.dv) + t * p.dv_token_stride;
-  T* dkv = static_cast<T*>(p.dkv) + t * H * width;
-  const int per_head = width / kVec, nope = N / kVec;
-  for (int unit = threadIdx.x; unit < H * per_head; unit += kThreads) {
-    const int head = unit / per_head, i = unit % per_head;
-    float v[kVec] = {};
-    if (i < nope) {
-      if (p.dk != nullptr) detail::load_n<kVec>(dk + head * p.dk_head_stride + i * kVec, v);
-    } else if (p.dv != nullptr) {
-      detail::load_n<kVec>(dv + head * p.dv_head_stride + (i - nope) * kVec, v);
-    }
-    detail::store_n<kVec>(dkv + head * width + i * kVec, v);
-  }
-  const int lanes = R / kVec;
-  for (int unit = threadIdx.x; unit < lanes * groups; unit += kThreads) {
-    const int lane = unit % lanes, group = unit / lanes;
-    float sum[kVec] = {};
-    if (p.dk != nullptr) {
-#pragma unroll 4
-      for (int head = group; head < H; head += groups) {
-        float v[kVec];
-        detail::load_n<kVec>(dk + head * p.dk_head_stride + N + lane * kVec, v);
+  if (rotates) {
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) sum[e] += v[e];
-      }
+    for (int j = 0; j < kRows; ++j) {
+      if (!valid[j]) continue;
+      float v[kVector], cs[kVector];
+      detail::load8(p.table.cos_sin + p.table.positions[token[j]] * p.table.rope_dim + column, cs);
+      detail::unpack(unit[j], v);
+      detail::rotate<kVector>(v, cs, p.sign);
+      detail::pack(v, unit[j]);
     }
-    detail::store_n<kVec>(shares + group * R + lane * kVec, sum);
   }
-  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    if (!valid[j]) continue;
+    unit[j].store(p.y.data + token[j] * p.y.token + head[j] * p.y.head + lane * kVector);
+  }
+}
+
+/// The same for any dims: a block per token, elements and pairs one at a time.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) assemble_any_kernel(Assembly<T> p) {
+  const int64_t t = blockIdx.x;
+  const int R = static_cast<int>(p.table.rope_dim), per_head = p.nope_dim + R / 2;
   const float* cos_sin = p.table.cos_sin + int64_t{p.table.positions[t]} * R;
-  for (int i = 2 * threadIdx.x; i < R; i += 2 * kThreads) {
-    float v[2] = {};
-    for (int group = 0; group < groups; ++group) {
-      v[0] += shares[group * R + i];
-      v[1] += shares[group * R + i + 1];
+  const T* nope = p.nope.data + t * p.nope.token;
+  const T* rope = p.rope.data + t * p.rope.token;
+  T* y = p.y.data + t * p.y.token;
+  for (int unit = threadIdx.x; unit < p.num_heads * per_head; unit += kThreads) {
+    const int head = unit / per_head, i = unit % per_head;
+    if (i < p.nope_dim) {
+      y[head * p.y.head + i] = nope[head * p.nope.head + i];
+    } else {
+      const int pair = 2 * (i - p.nope_dim);
+      const T* from = rope + head * p.rope.head + pair;
+      T* to = y + head * p.y.head + p.nope_dim + pair;
+      float v[2] = {detail::to_float(from[0]), detail::to_float(from[1])};
+      detail::rotate_pair(v, cos_sin + pair, p.sign);
+      to[0] = detail::from_float<T>(v[0]);
+      to[1] = detail::from_float<T>(v[1]);
     }
-    rotate<2>(v, cos_sin + i, -1.0f);
-    T* out = static_cast<T*>(p.dk_rope) + t * R + i;
-    out[0] = detail::from_float<T>(v[0]);
-    out[1] = detail::from_float<T>(v[1]);
   }
 }
 
@@ -159,73 +113,65 @@ bool whole(Counts... counts) {
   return ((counts % kVector == 0) && ...);
 }
 
-void check_rope_dim(const char* name, const RopeTable& table) {
-  constexpr int64_t kMostShared = 48 * 1024 / sizeof(float);
-  if (table.rope_dim > kMostShared) {
-    kernels::detail::raise_invalid(name, "rope dim " + std::to_string(table.rope_dim) +
-                                             " is above " + std::to_string(kMostShared));
+template <typename P>
+bool vector_part(const P& part) {
+  return whole(part.token, part.head) && detail::aligned16(part.data);
+}
+
+template <typename T>
+void launch(const Assembly<T>& p, int64_t num_tokens, cudaStream_t stream) {
+  const int64_t lanes = (p.nope_dim + p.table.rope_dim) / kVector;
+  const bool vectorised = whole(p.nope_dim, p.table.rope_dim) && lanes <= kThreads &&
+                          (p.nope_dim == 0 || vector_part(p.nope)) && vector_part(p.rope) &&
+                          vector_part(p.y) && detail::aligned16(p.table.cos_sin);
+  if (!vectorised) {
+    assemble_any_kernel<T><<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(p);
+    return;
   }
+  const int64_t rows = std::max<int64_t>(1, kThreads / lanes);
+  const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(rows));
+  const int64_t blocks = (p.num_rows + rows * kRows - 1) / (rows * kRows);
+  assemble_kernel<T><<<static_cast<unsigned>(blocks), block, 0, stream>>>(p);
 }
 
 }  // namespace
 
 void rope_query(const RopeQuery& p, Stream stream) {
   if (p.num_tokens == 0 || p.num_heads == 0) return;
-  const auto grid = static_cast<unsigned>(p.num_tokens);
-  const cudaStream_t on = detail::cuda_stream(stream);
-  const bool vectorised = whole(p.nope_dim, p.table.rope_dim, p.x_stride) &&
-                          detail::aligned16(p.x) && detail::aligned16(p.y) &&
-                          detail::aligned16(p.table.cos_sin);
   detail::dispatch_float("rope_query", p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (vectorised) {
-      query_kernel<T, kVector><<<grid, kThreads, 0, on>>>(p);
-    } else {
-      query_kernel<T, 2><<<grid, kThreads, 0, on>>>(p);
-    }
+    const int64_t width = p.nope_dim + p.table.rope_dim;
+    const auto* x = static_cast<const T*>(p.x);
+    const bool in_place = p.x == p.y;
+    launch<T>({.num_rows = p.num_tokens * p.num_heads,
+               .num_heads = static_cast<int>(p.num_heads),
+               .nope_dim = in_place ? 0 : static_cast<int>(p.nope_dim),
+               .table = p.table,
+               .sign = p.inverse ? -1.0f : 1.0f,
+               .nope = {x, p.x_stride, width},
+               .rope = {x + p.nope_dim, p.x_stride, width},
+               .y = {static_cast<T*>(p.y) + (in_place ? p.nope_dim : 0), p.y_stride, width}},
+              p.num_tokens, detail::cuda_stream(stream));
   });
   detail::check_launch("rope_query");
 }
 
 void rope_key_forward(const RopeKeyForward& p, Stream stream) {
-  check_rope_dim("rope_key_value", p.table);
   if (p.num_tokens == 0 || p.num_heads == 0) return;
-  const auto grid = static_cast<unsigned>(p.num_tokens);
-  const size_t shared = static_cast<size_t>(p.table.rope_dim) * sizeof(float);
-  const cudaStream_t on = detail::cuda_stream(stream);
-  const bool vectorised = whole(p.nope_dim, p.table.rope_dim, p.value_dim) &&
-                          detail::aligned16(p.kv) && detail::aligned16(p.k);
   detail::dispatch_float("rope_key_value", p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (vectorised) {
-      key_forward_kernel<T, kVector><<<grid, kThreads, shared, on>>>(p);
-    } else {
-      key_forward_kernel<T, 1><<<grid, kThreads, shared, on>>>(p);
-    }
+    const int64_t kv_width = p.nope_dim + p.value_dim, k_width = p.nope_dim + p.table.rope_dim;
+    launch<T>({.num_rows = p.num_tokens * p.num_heads,
+               .num_heads = static_cast<int>(p.num_heads),
+               .nope_dim = static_cast<int>(p.nope_dim),
+               .table = p.table,
+               .sign = 1.0f,
+               .nope = {static_cast<const T*>(p.kv), p.num_heads * kv_width, kv_width},
+               .rope = {static_cast<const T*>(p.k_rope), p.k_rope_stride, 0},
+               .y = {static_cast<T*>(p.k), p.num_heads * k_width, k_width}},
+              p.num_tokens, detail::cuda_stream(stream));
   });
   detail::check_launch("rope_key_value");
-}
-
-void rope_key_backward(const RopeKeyBackward& p, Stream stream) {
-  check_rope_dim("rope_key_value_backward", p.table);
-  if (p.num_tokens == 0) return;
-  const auto grid = static_cast<unsigned>(p.num_tokens);
-  const cudaStream_t on = detail::cuda_stream(stream);
-  const bool vectorised = whole(p.nope_dim, p.table.rope_dim, p.value_dim, p.dk_token_stride,
-                                p.dk_head_stride, p.dv_token_stride, p.dv_head_stride) &&
-                          detail::aligned16(p.dk) && detail::aligned16(p.dv) &&
-                          detail::aligned16(p.dkv);
-  const int groups = head_groups(p.table.rope_dim, vectorised ? kVector : 1);
-  const size_t shared = static_cast<size_t>(groups * p.table.rope_dim) * sizeof(float);
-  detail::dispatch_float("rope_key_value_backward", p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (vectorised) {
-      key_backward_kernel<T, kVector><<<grid, kThreads, shared, on>>>(p, groups);
-    } else {
-      key_backward_kernel<T, 1><<<grid, kThreads, shared, on>>>(p, groups);
-    }
-  });
-  detail::check_launch("rope_key_value_backward");
 }
 
 }  // namespace dsv3::kernels::cuda

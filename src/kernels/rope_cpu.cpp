@@ -1,6 +1,6 @@
 // Rotary embedding on the host: threads over tokens; heads are copied and rotated in one pass.
 #include "kernels/detail/cpu.h"
-#include "kernels/elementwise.h"
+#include "kernels/rope.h"
 
 namespace dsv3::kernels::cpu {
 namespace {
@@ -40,7 +40,7 @@ DSV3_INLINE void query_body(const RopeQuery& p, int64_t begin, int64_t end) {
   const int64_t N = p.nope_dim, R = p.table.rope_dim, width = N + R;
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
-    T* y = static_cast<T*>(p.y) + t * p.num_heads * width;
+    T* y = static_cast<T*>(p.y) + t * p.y_stride;
     const float* cos_sin = p.table.cos_sin + p.table.positions[t] * R;
     for (int64_t h = 0; h < p.num_heads; ++h, x += width, y += width) {
       if (x != y) copy(x, y, N);

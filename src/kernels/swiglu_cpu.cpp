@@ -1,73 +1,283 @@
-// SwiGLU on the host: threads over rows, a vector exponential inside.
+// SwiGLU on the host: threads over rows (128×128 tiles where FP8 is wanted), a vector exponential
+// inside. Large results are written past the caches. Products are not joined with additions
+// (-ffp-contract=off), so that both ways have the same bits.
 #include "kernels/detail/cpu.h"
+#include "kernels/detail/fp8_cpu.h"
+#include "kernels/detail/streaming.h"
 #include "kernels/elementwise.h"
 
-namespace dsv3::kernels::cpu {
+namespace dsv3::kernels {
+
+int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate) {
+  return (intermediate + kFp8Tile - 1) / kFp8Tile * num_tokens;
+}
+
+namespace cpu {
 namespace {
 
+using detail::Fp8TileRow;
+
+DSV3_INLINE float value(float gate, float up, float weight) {
+  return gate / (1.0f + detail::exp_fast(-gate)) * up * weight;
+}
+
+struct Gradients {
+  float gate, up, share;  // share: of the row weight's gradient
+};
+DSV3_INLINE Gradients gradients(float g, float u, float dy, float weight) {
+  const float sigmoid = 1.0f / (1.0f + detail::exp_fast(-g));
+  const float silu = g * sigmoid, d = dy * weight;
+  return {d * u * (sigmoid + silu * (1.0f - sigmoid)), d * silu, silu * u * dy};
+}
+
 template <typename T>
-DSV3_INLINE void forward_body(const SwigluForward& p, int64_t begin, int64_t end) {
+DSV3_INLINE void forward_body(const SwigluForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t I = p.intermediate;
   for (int64_t t = begin; t < end; ++t) {
     const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I;
     const T* __restrict up = gate + I;
-    T* __restrict y = static_cast<T*>(p.y) + t * I;
+    const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
+    detail::write_row(
+        static_cast<T*>(p.y) + t * I, I, streamed,
+        [&](int64_t first, int64_t last, T* __restrict out) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int64_t i = 0; i < I; ++i) {
-      const float g = detail::load(&gate[i]);
-      detail::store(&y[i], g / (1.0f + detail::exp_fast(-g)) * detail::load(&up[i]));
-    }
+          for (int64_t i = first; i < last; ++i) {
+            detail::store(&out[i - first],
+                          value(detail::load(&gate[i]), detail::load(&up[i]), weight));
+          }
+        });
   }
+  detail::stream_fence();
+}
+
+/// Sums of `share` in lanes, so that they depend on the row only.
+template <typename T>
+DSV3_INLINE float share_of(const T* __restrict gate, const T* __restrict up, const T* __restrict dy,
+                           int64_t size) {
+  detail::LaneFloats sum = {};
+  float parts[detail::kLanes];
+  int64_t i = 0;
+  for (; i + detail::kLanes <= size; i += detail::kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < detail::kLanes; ++j) {
+      parts[j] = gradients(detail::load(&gate[i + j]), detail::load(&up[i + j]),
+                           detail::load(&dy[i + j]), 1.0f)
+                     .share;
+    }
+    detail::LaneFloats v;
+    detail::load_lanes(parts, v);
+    sum += v;
+  }
+  float total = detail::sum_of_lanes(sum);
+  for (; i < size; ++i) {
+    total +=
+        gradients(detail::load(&gate[i]), detail::load(&up[i]), detail::load(&dy[i]), 1.0f).share;
+  }
+  return total;
 }
 
 template <typename T>
-DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t end) {
+DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t I = p.intermediate;
   for (int64_t t = begin; t < end; ++t) {
     const T* gate = static_cast<const T*>(p.gate_up) + t * 2 * I;
     const T* dy = static_cast<const T*>(p.dy) + t * I;
     T* dgate = static_cast<T*>(p.dgate_up) + t * 2 * I;
-// Note: dgate may be gate: each element is read before it is written, by the same iteration.
+    const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
+    if (p.drow_weight != nullptr) p.drow_weight[t] = share_of(gate, gate + I, dy, I);
+    // Note: dgate may be gate. Both halves of a part are read before either is written.
+    for (int64_t first = 0; first < I; first += detail::kStaged) {
+      const int64_t size = std::min(detail::kStaged, I - first);
+      alignas(64) T staged[2][detail::kStaged];
 #pragma omp simd
-    for (int64_t i = 0; i < I; ++i) {
-      const float g = detail::load(&gate[i]), u = detail::load(&gate[I + i]),
-                  d = detail::load(&dy[i]);
-      const float sigmoid = 1.0f / (1.0f + detail::exp_fast(-g));
-      const float silu = g * sigmoid;
-      detail::store(&dgate[i], d * u * (sigmoid + silu * (1.0f - sigmoid)));
-      detail::store(&dgate[I + i], d * silu);
+      for (int64_t i = 0; i < size; ++i) {
+        const Gradients d =
+            gradients(detail::load(&gate[first + i]), detail::load(&gate[I + first + i]),
+                      detail::load(&dy[first + i]), weight);
+        detail::store(&staged[0][i], d.gate);
+        detail::store(&staged[1][i], d.up);
+      }
+      const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+      for (int64_t half = 0; half < 2; ++half) {
+        T* to = dgate + half * I + first;
+        if (streamed) {
+          detail::stream_bytes(to, staged[half], bytes);
+        } else {
+          std::memcpy(to, staged[half], static_cast<size_t>(bytes));
+        }
+      }
+    }
+  }
+  detail::stream_fence();
+}
+
+/// A row of a tile, as it is rounded to the dtype, with zeros up to 128; to y too unless null.
+template <typename T>
+DSV3_INLINE void keep_row(const float* __restrict row, int64_t columns, float* __restrict tile,
+                          T* __restrict y) {
+#pragma omp simd
+  for (int64_t c = 0; c < columns; ++c) {
+    T rounded;
+    detail::store(&rounded, row[c]);
+    tile[c] = detail::load(&rounded);
+  }
+  for (int64_t c = columns; c < kFp8Tile; ++c) tile[c] = 0.0f;
+  if (y == nullptr) return;
+#pragma omp simd
+  for (int64_t c = 0; c < columns; ++c) detail::store(&y[c], tile[c]);
+}
+
+/// The forms that are wanted of the tile at (row0, column0) of a matrix.
+DSV3_INLINE void emit(Fp8TileRow* tile, const Fp8Rows& rows, const Fp8Columns& columns,
+                      const ScaleRule& rule, int64_t row0, int64_t num_rows, int64_t column0,
+                      int64_t width) {
+  const int64_t exist = std::min(kFp8Tile, num_rows - row0);
+  if (rows.data != nullptr) {
+    detail::emit_rows(tile, rows, rule, row0, exist, column0, width);
+  }
+  if (columns.data == nullptr) return;
+  for (int64_t r = exist; r < kFp8Tile; ++r) std::memset(tile[r], 0, sizeof(Fp8TileRow));
+  detail::emit_columns(tile, columns, rule, row0, (num_rows + kFp8Tile - 1) / kFp8Tile * kFp8Tile,
+                       column0, width);
+}
+
+/// Tiles [begin, end) in the order of rows, then columns.
+template <typename T>
+DSV3_INLINE void forward_tiles_body(const SwigluForward& p, int64_t begin, int64_t end) {
+  alignas(64) Fp8TileRow tile[kFp8Tile];
+  const int64_t I = p.intermediate, across = (I + kFp8Tile - 1) / kFp8Tile;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t row0 = n / across * kFp8Tile, column0 = n % across * kFp8Tile;
+    const int64_t columns = std::min(kFp8Tile, I - column0);
+    for (int64_t t = row0; t < std::min(row0 + kFp8Tile, p.num_tokens); ++t) {
+      const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I + column0;
+      const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
+      float row[kFp8Tile];
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        row[c] = value(detail::load(&gate[c]), detail::load(&gate[I + c]), weight);
+      }
+      T* y = p.y != nullptr ? static_cast<T*>(p.y) + t * I + column0 : nullptr;
+      keep_row(row, columns, tile[t - row0], y);
+    }
+    emit(tile, p.rows, p.columns, p.rule, row0, p.num_tokens, column0, I);
+  }
+}
+
+/// The intermediate size is a multiple of 128.
+template <typename T>
+DSV3_INLINE void backward_tiles_body(const SwigluBackward& p, int64_t begin, int64_t end) {
+  alignas(64) Fp8TileRow tiles[2][kFp8Tile];
+  const int64_t I = p.intermediate, across = I / kFp8Tile;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t row0 = n / across * kFp8Tile, column0 = n % across * kFp8Tile;
+    for (int64_t t = row0; t < std::min(row0 + kFp8Tile, p.num_tokens); ++t) {
+      const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I + column0;
+      const T* __restrict dy = static_cast<const T*>(p.dy) + t * I + column0;
+      const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
+      if (p.drow_weight != nullptr) {
+        p.scratch[column0 / kFp8Tile * p.num_tokens + t] = share_of(gate, gate + I, dy, kFp8Tile);
+      }
+      float rows[2][kFp8Tile];
+#pragma omp simd
+      for (int64_t c = 0; c < kFp8Tile; ++c) {
+        const Gradients d = gradients(detail::load(&gate[c]), detail::load(&gate[I + c]),
+                                      detail::load(&dy[c]), weight);
+        rows[0][c] = d.gate;
+        rows[1][c] = d.up;
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        T* to = p.dgate_up != nullptr ? static_cast<T*>(p.dgate_up) + t * 2 * I + half * I + column0
+                                      : nullptr;
+        keep_row(rows[half], kFp8Tile, tiles[half][t - row0], to);
+      }
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      emit(tiles[half], p.rows, p.columns, p.rule, row0, p.num_tokens, half * I + column0, 2 * I);
     }
   }
 }
 
-DSV3_CLONES void forward_rows(const SwigluForward& p, const float*, int64_t begin, int64_t end) {
-  forward_body<float>(p, begin, end);
+DSV3_CLONES void forward_rows(const SwigluForward& p, const float*, int64_t begin, int64_t end,
+                              bool streamed) {
+  forward_body<float>(p, begin, end, streamed);
 }
-DSV3_CLONES void forward_rows(const SwigluForward& p, const BFloat16*, int64_t begin, int64_t end) {
-  forward_body<BFloat16>(p, begin, end);
+DSV3_CLONES void forward_rows(const SwigluForward& p, const BFloat16*, int64_t begin, int64_t end,
+                              bool streamed) {
+  forward_body<BFloat16>(p, begin, end, streamed);
 }
-DSV3_CLONES void backward_rows(const SwigluBackward& p, const float*, int64_t begin, int64_t end) {
-  backward_body<float>(p, begin, end);
+DSV3_CLONES void backward_rows(const SwigluBackward& p, const float*, int64_t begin, int64_t end,
+                               bool streamed) {
+  backward_body<float>(p, begin, end, streamed);
 }
-DSV3_CLONES void backward_rows(const SwigluBackward& p, const BFloat16*, int64_t begin,
+DSV3_CLONES void backward_rows(const SwigluBackward& p, const BFloat16*, int64_t begin, int64_t end,
+                               bool streamed) {
+  backward_body<BFloat16>(p, begin, end, streamed);
+}
+DSV3_CLONES void forward_tiles(const SwigluForward& p, const float*, int64_t begin, int64_t end) {
+  forward_tiles_body<float>(p, begin, end);
+}
+DSV3_CLONES void forward_tiles(const SwigluForward& p, const BFloat16*, int64_t begin,
                                int64_t end) {
-  backward_body<BFloat16>(p, begin, end);
+  forward_tiles_body<BFloat16>(p, begin, end);
+}
+DSV3_CLONES void backward_tiles(const SwigluBackward& p, const float*, int64_t begin, int64_t end) {
+  backward_tiles_body<float>(p, begin, end);
+}
+DSV3_CLONES void backward_tiles(const SwigluBackward& p, const BFloat16*, int64_t begin,
+                                int64_t end) {
+  backward_tiles_body<BFloat16>(p, begin, end);
+}
+
+int64_t tiles_of(int64_t size) {
+  return (size + kFp8Tile - 1) / kFp8Tile;
 }
 
 }  // namespace
 
 void swiglu_forward(const SwigluForward& p) {
+  const int64_t row_bytes = p.intermediate * size_of(p.dtype);
+  const bool tiled = p.rows.data != nullptr || p.columns.data != nullptr;
   detail::dispatch_float("swiglu", p.dtype, [&](auto* type) {
-    detail::parallel_rows(p.num_tokens, 3 * p.intermediate * size_of(p.dtype),
-                          [&](int64_t begin, int64_t end) { forward_rows(p, type, begin, end); });
+    if (tiled) {
+      detail::parallel_rows(
+          tiles_of(p.num_tokens) * tiles_of(p.intermediate),
+          kFp8Tile * kFp8Tile * 3 * size_of(p.dtype),
+          [&](int64_t begin, int64_t end) { forward_tiles(p, type, begin, end); });
+      return;
+    }
+    const bool streamed = p.num_tokens * row_bytes >= detail::kStreamedBytes;
+    detail::parallel_rows(p.num_tokens, 3 * row_bytes, [&](int64_t begin, int64_t end) {
+      forward_rows(p, type, begin, end, streamed);
+    });
   });
 }
 
 void swiglu_backward(const SwigluBackward& p) {
+  const int64_t row_bytes = p.intermediate * size_of(p.dtype);
+  const bool tiled = p.rows.data != nullptr || p.columns.data != nullptr;
+  require(!tiled || p.intermediate % kFp8Tile == 0,
+          "[swiglu_backward] intermediate: FP8 gradients need a multiple of 128, got {}",
+          p.intermediate);
   detail::dispatch_float("swiglu_backward", p.dtype, [&](auto* type) {
-    detail::parallel_rows(p.num_tokens, 5 * p.intermediate * size_of(p.dtype),
-                          [&](int64_t begin, int64_t end) { backward_rows(p, type, begin, end); });
+    if (!tiled) {
+      const bool streamed = 2 * p.num_tokens * row_bytes >= detail::kStreamedBytes;
+      detail::parallel_rows(p.num_tokens, 5 * row_bytes, [&](int64_t begin, int64_t end) {
+        backward_rows(p, type, begin, end, streamed);
+      });
+      return;
+    }
+    const int64_t across = tiles_of(p.intermediate);
+    detail::parallel_rows(tiles_of(p.num_tokens) * across,
+                          kFp8Tile * kFp8Tile * 5 * size_of(p.dtype),
+                          [&](int64_t begin, int64_t end) { backward_tiles(p, type, begin, end); });
+    for (int64_t t = 0; p.drow_weight != nullptr && t < p.num_tokens; ++t) {
+      float sum = 0.0f;
+      for (int64_t i = 0; i < across; ++i) sum += p.scratch[i * p.num_tokens + t];
+      p.drow_weight[t] = sum;
+    }
   });
 }
 
-}  // namespace dsv3::kernels::cpu
+}  // namespace cpu
+}  // namespace dsv3::kernels

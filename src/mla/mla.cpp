@@ -79,8 +79,9 @@ ops::Remakable apply_policy(ops::Remakable x, Recompute policy) {
 at::Tensor query_heads(const Mla& mla, const ops::Remakable& q, const ForwardContext& context) {
   const auto& c = mla.config->mla;
   const at::Tensor full = mla.q_b_proj != nullptr ? ops::linear(q, mla.q_b_proj->weight) : q.value;
-  return ops::rope_query(full.view({full.size(0), c.num_heads, c.qk_head_dim()}), context.cos_sin,
-                         context.positions);
+  // In place: the product is fresh, and linear does not save its result.
+  return ops::rope_query_(full.view({full.size(0), c.num_heads, c.qk_head_dim()}), context.cos_sin,
+                          context.positions);
 }
 
 /// From the normalised latent to k [T, H, N + R] and v [T, H, Vd].

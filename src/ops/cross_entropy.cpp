@@ -24,6 +24,13 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+void check_scale(const char* op, const at::Tensor& scale, const at::Tensor& like) {
+  require(scale.defined() && scale.numel() == 1 && scale.device() == like.device() &&
+              scale.scalar_type() == (has_kernel(like) ? at::kFloat : at::kDouble),
+          "[{}] scale: expected one Float (Double with Double inputs) on {}", op,
+          like.device().str());
+}
+
 void check_head(const at::Tensor& hidden, const Weight& weight, const at::Tensor& labels,
                 const at::Tensor& scale) {
   constexpr const char* kOp = "head_cross_entropy";
@@ -32,10 +39,7 @@ void check_head(const at::Tensor& hidden, const Weight& weight, const at::Tensor
   check_like(weight.value, kOp, "weight", hidden, "hidden");
   check_shape(labels, kOp, "labels", {hidden.size(0)});
   check_int32(labels, kOp, "labels", hidden);
-  require(scale.defined() && scale.numel() == 1 && scale.device() == hidden.device() &&
-              scale.scalar_type() == (has_kernel(hidden) ? at::kFloat : at::kDouble),
-          "[{}] scale: expected one Float (Double with Double hidden) on {}", kOp,
-          hidden.device().str());
+  check_scale(kOp, scale, hidden);
 }
 
 /// The kernel's work for float64: fills losses and correct, overwrites the logits by their
@@ -71,6 +75,11 @@ void score_chunk(const at::Tensor& logits, const at::Tensor& labels, const at::T
                          stream_of(logits));
 }
 
+HeadLoss loss_of(const at::Tensor& losses, const at::Tensor& correct, const at::Tensor& scale) {
+  const at::Tensor loss_sum = losses.sum();
+  return {loss_sum.mul(scale.reshape(c10::IntArrayRef{})), loss_sum, correct.sum()};
+}
+
 struct Gradients {
   bool hidden = false;  // wanted at all?
   bool weight = false;
@@ -103,8 +112,7 @@ HeadLoss score(const at::Tensor& hidden, const Weight& weight, const at::Tensor&
     }
     if (gradients.weight) add_weight_grad(logits, x, weight.grad);
   }
-  const at::Tensor loss_sum = losses.sum();
-  return {loss_sum.mul(scale.reshape(c10::IntArrayRef{})), loss_sum, correct.sum()};
+  return loss_of(losses, correct, scale);
 }
 
 }  // namespace
@@ -140,6 +148,34 @@ HeadLoss head_cross_entropy(const at::Tensor& hidden, const Weight& weight,
            if (!grads[0].defined() || !dhidden.defined()) return {at::Tensor(), at::Tensor()};
            return {dhidden.mul_(grads[0]), at::Tensor()};
          });
+  return result;
+}
+
+HeadLoss cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
+                        const at::Tensor& scale) {
+  constexpr const char* kOp = "cross_entropy";
+  check_shape(logits, kOp, "logits", {-1, -1});
+  require(logits.is_contiguous(), "[{}] logits: expected a contiguous tensor", kOp);
+  check_shape(labels, kOp, "labels", {logits.size(0)});
+  check_int32(labels, kOp, "labels", logits);
+  check_scale(kOp, scale, logits);
+  const bool recorded = recording({logits});
+  HeadLoss result;
+  at::Tensor gradient;
+  {
+    const NoRecord guard;
+    gradient = logits.detach();
+    const auto type = has_kernel(logits) ? at::kFloat : at::kDouble;
+    const at::Tensor losses = at::empty({logits.size(0)}, gradient.options().dtype(type));
+    const at::Tensor correct = at::empty({logits.size(0)}, labels.options());
+    score_chunk(gradient, labels.contiguous(), scale, recorded, losses, correct);
+    result = loss_of(losses, correct, scale);
+  }
+  if (!recorded) return result;
+  record(kOp, {logits}, {result.objective}, [gradient](const Tensors& grads) -> Tensors {
+    if (!grads[0].defined()) return {at::Tensor()};
+    return {gradient.mul_(grads[0])};
+  });
   return result;
 }
 

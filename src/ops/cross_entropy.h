@@ -23,6 +23,13 @@ struct HeadLoss {
 HeadLoss head_cross_entropy(const at::Tensor& hidden, const Weight& weight,
                             const at::Tensor& labels, const at::Tensor& scale);
 
+/// The loss of logits [T, V] that exist already, contiguous; otherwise as head_cross_entropy. When
+/// gradients are recorded, the logits' memory holds their gradient afterwards, and backward returns
+/// it times the incoming gradient (in place): their maker must not have saved them, and nobody may
+/// read them again.
+HeadLoss cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
+                        const at::Tensor& scale);
+
 /// How many tokens' logits exist at once: a pure function. CUDA: 512 MiB of logits, so that the
 /// products stay large; CPU: 4 MiB, so that they stay in the cache.
 int64_t head_chunk_tokens(int64_t num_tokens, int64_t vocab, int64_t element_size, bool cuda);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include "ops/weight.h"
 
@@ -15,6 +16,11 @@ Remakable rms_norm(const at::Tensor& x, const Weight& weight, double eps);
 /// sum = x + residual; y = rms_norm(sum). One pass over memory. Returns {sum, y}.
 std::tuple<at::Tensor, Remakable> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
                                                const Weight& weight, double eps);
+
+/// Two norms of one input, each with its own weight, reading it once; the gradient's way back reads
+/// it once too. Returns {y of first, y of second}.
+std::pair<Remakable, Remakable> rms_norm_pair(const at::Tensor& x, const Weight& first,
+                                              const Weight& second, double eps);
 
 namespace reference {
 /// Plain, differentiable, float64-capable.

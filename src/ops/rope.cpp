@@ -6,7 +6,7 @@
 #include <ATen/ops/stack.h>
 
 #include "base/error.h"
-#include "kernels/elementwise.h"
+#include "kernels/rope.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
 
@@ -38,22 +38,39 @@ bool heads_contiguous(const at::Tensor& x) {
   return (x.stride(2) == 1 || x.size(2) <= 1) && (x.stride(1) == x.size(2) || x.size(1) <= 1);
 }
 
-at::Tensor rotate_query(const at::Tensor& x, const at::Tensor& cos_sin, const at::Tensor& positions,
-                        bool inverse) {
-  const NoRecord guard;
-  const at::Tensor q = heads_contiguous(x) ? x : x.contiguous();
-  at::Tensor y = at::empty(q.sizes(), q.options());
+/// y may be q; both have contiguous heads.
+void rotate_into(const at::Tensor& y, const at::Tensor& q, const at::Tensor& cos_sin,
+                 const at::Tensor& positions, bool inverse) {
   kernels::rope_query({.num_tokens = q.size(0),
                        .num_heads = q.size(1),
                        .nope_dim = q.size(2) - cos_sin.size(1),
                        .table = table_of(cos_sin, positions),
                        .inverse = inverse,
                        .x_stride = q.stride(0),
+                       .y_stride = y.stride(0),
                        .dtype = dtype_of(q, "rope_query", "q"),
                        .x = q.const_data_ptr(),
                        .y = y.mutable_data_ptr()},
                       stream_of(q));
+}
+
+at::Tensor rotate_query(const at::Tensor& x, const at::Tensor& cos_sin, const at::Tensor& positions,
+                        bool inverse) {
+  const NoRecord guard;
+  const at::Tensor q = heads_contiguous(x) ? x : x.contiguous();
+  at::Tensor y = at::empty(q.sizes(), q.options());
+  rotate_into(y, q, cos_sin, positions, inverse);
   return y;
+}
+
+/// Rotates back; in place when this reference is the only one to the gradient and its memory.
+at::Tensor rotate_gradient(const at::Tensor& grad, const at::Tensor& cos_sin,
+                           const at::Tensor& positions) {
+  const bool ours = grad.use_count() == 1 && grad.storage().use_count() == 1 &&
+                    heads_contiguous(grad) && grad.is_non_overlapping_and_dense();
+  if (!ours) return rotate_query(grad, cos_sin, positions, true);
+  rotate_into(grad, grad, cos_sin, positions, true);
+  return grad;
 }
 
 at::Tensor assemble_key(const at::Tensor& kv, const at::Tensor& k_rope, const at::Tensor& cos_sin,
@@ -103,12 +120,20 @@ Tensors split_key_gradient(const at::Tensor& dk_given, const at::Tensor& dv_give
 
 }  // namespace
 
-at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
+namespace {
+
+void check_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
   check_shape(q, "rope_query", "q", {-1, -1, -1});
   check_table("rope_query", table, tokens, q);
   require(q.size(2) >= table.size(1),
           "[rope_query] q: heads of {} are narrower than cos_sin's R = {}", q.size(2),
           table.size(1));
+}
+
+}  // namespace
+
+at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
+  check_query(q, table, tokens);
   const at::Tensor cos_sin = table.contiguous(), positions = tokens.contiguous();
   if (!has_kernel(q)) {
     const int64_t N = q.size(2) - cos_sin.size(1);
@@ -120,6 +145,25 @@ at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Te
     record("rope_query", {q}, {y}, [cos_sin, positions](const Tensors& grads) -> Tensors {
       if (!grads[0].defined()) return {at::Tensor()};
       return {rotate_query(grads[0], cos_sin, positions, true)};
+    });
+  }
+  return y;
+}
+
+at::Tensor rope_query_(at::Tensor q, const at::Tensor& table, const at::Tensor& tokens) {
+  check_query(q, table, tokens);
+  if (!has_kernel(q) || !heads_contiguous(q)) return rope_query(q, table, tokens);
+  const at::Tensor cos_sin = table.contiguous(), positions = tokens.contiguous();
+  at::Tensor y;
+  {
+    const NoRecord guard;
+    y = q.detach();
+    rotate_into(y, y, cos_sin, positions, false);
+  }
+  if (recording({q})) {
+    record("rope_query", {q}, {y}, [cos_sin, positions](const Tensors& grads) -> Tensors {
+      if (!grads[0].defined()) return {at::Tensor()};
+      return {rotate_gradient(grads[0], cos_sin, positions)};
     });
   }
   return y;

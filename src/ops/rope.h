@@ -16,6 +16,12 @@ namespace dsv3::ops {
 /// recording gradients; the first N dims are copied). Backward is the inverse rotation.
 at::Tensor rope_query(const at::Tensor& q, const at::Tensor& cos_sin, const at::Tensor& positions);
 
+/// The same in place: q's storage holds the result, which is returned; only the rope part is read
+/// and written. For a q that nobody else needs: a fresh product that its maker did not save.
+/// Backward rotates the gradient in place too where nobody else holds it, else into a copy. Takes
+/// tokens any stride apart; heads that are not contiguous are copied, as is float64.
+at::Tensor rope_query_(at::Tensor q, const at::Tensor& cos_sin, const at::Tensor& positions);
+
 /// Assembles K and V for attention from the up-projection and the shared rope key.
 /// kv [T, H, N + Vd] (per head: nope, then value), k_rope [T, R] NOT yet rotated (rows may be
 /// strided). Returns k [T, H, N + R] = [kv's nope | rotated k_rope, the same for all heads] and v

@@ -20,10 +20,8 @@ at::ScalarType moment_type(DType dtype) {
   return dtype == DType::kF32 ? at::kFloat : at::kBFloat16;
 }
 
-/// Address of element `index` of a flat tensor; null for an undefined one.
-void* address(const at::Tensor& flat, int64_t index) {
-  if (!flat.defined()) return nullptr;
-  return static_cast<char*>(flat.data_ptr()) + index * flat.element_size();
+void* address(const at::Tensor& flat) {
+  return flat.defined() ? flat.data_ptr() : nullptr;
 }
 
 }  // namespace
@@ -31,7 +29,10 @@ void* address(const at::Tensor& flat, int64_t index) {
 AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
     : buckets_(buckets), options_(options) {
   DSV3_CHECK(!buckets_.empty(), "the optimizer needs allocated parameters");
+  require(options_.ema_decay >= 0 && options_.ema_decay < 1,
+          "[adamw] ema_decay: expected at least 0 and below 1, got {}", options_.ema_decay);
   const ops::NoRecord guard;
+  int64_t first_index = 0;
   for (const auto& bucket : buckets_) {
     DSV3_CHECK(bucket.grads.defined(), "the optimizer needs buckets with gradients");
     const auto like = bucket.values.options().requires_grad(false);
@@ -40,6 +41,9 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
     state.exp_avg_sq = at::zeros({bucket.numel()}, like.dtype(moment_type(options_.moment_dtype)));
     if (options_.master_weights && bucket.values.scalar_type() == at::kBFloat16)
       state.master = at::empty({bucket.numel()}, like.dtype(at::kFloat));
+    if (options_.ema_decay > 0) state.ema = at::empty({bucket.numel()}, like.dtype(at::kFloat));
+    state.first_index = first_index;
+    first_index += (bucket.numel() + 7) / 8 * 8;  // eight elements share their random words
     states_.push_back(std::move(state));
   }
   const auto device = buckets_.front().values.options().requires_grad(false);
@@ -47,17 +51,17 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
   sums_ = at::empty({static_cast<int64_t>(buckets_.size())}, device.dtype(at::kDouble));
   clip_factor_ = at::empty({1}, device.dtype(at::kFloat));
   int64_t parts = 0;
-  for (const auto& bucket : buckets_)
-    parts += kernels::adamw_partials(bucket.decay_end) +
-             kernels::adamw_partials(bucket.numel() - bucket.decay_end);
+  for (const auto& bucket : buckets_) parts += kernels::adamw_partials(bucket.numel());
   moved_ = at::zeros({parts, 2}, device.dtype(at::kDouble));
   reset_masters();
 }
 
 void AdamW::reset_masters() {
   const ops::NoRecord guard;
-  for (size_t i = 0; i < buckets_.size(); ++i)
+  for (size_t i = 0; i < buckets_.size(); ++i) {
     if (states_[i].master.defined()) states_[i].master.copy_(buckets_[i].values);
+    if (states_[i].ema.defined()) states_[i].ema.copy_(buckets_[i].values);
+  }
 }
 
 GradientNorm AdamW::gradient_norm() {
@@ -84,33 +88,38 @@ GradientNorm AdamW::gradient_norm() {
   return result;
 }
 
-double* AdamW::update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                            double weight_decay, double learning_rate, const GradientNorm& norm,
-                            double* partials) {
-  if (begin == end) return partials;
+void AdamW::update(const Bucket& bucket, const State& state, double learning_rate,
+                   const GradientNorm& norm, double* partials) {
   const auto step = static_cast<double>(steps_done_);
-  kernels::adamw({.size = end - begin,
+  kernels::adamw({.size = bucket.numel(),
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
                   .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
                   .moment_dtype = options_.moment_dtype,
-                  .weights = address(bucket.values, begin),
-                  .master = static_cast<float*>(address(state.master, begin)),
-                  .gradients = address(bucket.grads, begin),
-                  .exp_avg = address(state.exp_avg, begin),
-                  .exp_avg_sq = address(state.exp_avg_sq, begin),
+                  .weights = address(bucket.values),
+                  .master = static_cast<float*>(address(state.master)),
+                  .gradients = address(bucket.grads),
+                  .exp_avg = address(state.exp_avg),
+                  .exp_avg_sq = address(state.exp_avg_sq),
                   .learning_rate = static_cast<float>(learning_rate),
                   .beta1 = static_cast<float>(options_.beta1),
                   .beta2 = static_cast<float>(options_.beta2),
                   .eps = static_cast<float>(options_.eps),
-                  .weight_decay = static_cast<float>(weight_decay),
+                  .weight_decay = static_cast<float>(options_.weight_decay),
                   .correction1 = static_cast<float>(1 - std::pow(options_.beta1, step)),
                   .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
                   .gradient_scale = clip_factor_.data_ptr<float>(),
                   .skip = norm.not_finite.data_ptr<int32_t>(),
                   .zero_gradients = true,
+                  .decay_end = bucket.decay_end,
+                  .ema = address(state.ema),
+                  .ema_dtype = DType::kF32,
+                  .ema_decay = static_cast<float>(options_.ema_decay),
+                  .stochastic_rounding = options_.stochastic_rounding,
+                  .seed = options_.seed,
+                  .step = static_cast<uint64_t>(steps_done_),
+                  .first_index = state.first_index,
                   .partials = partials},
                  ops::stream_of(bucket.values));
-  return partials + 2 * kernels::adamw_partials(end - begin);
 }
 
 GradientNorm AdamW::step(double learning_rate) {
@@ -119,11 +128,8 @@ GradientNorm AdamW::step(double learning_rate) {
   GradientNorm norm = gradient_norm();
   auto* partials = moved_.data_ptr<double>();
   for (size_t i = 0; i < buckets_.size(); ++i) {
-    const auto& bucket = buckets_[i];
-    partials = update_range(bucket, states_[i], 0, bucket.decay_end, options_.weight_decay,
-                            learning_rate, norm, partials);
-    partials = update_range(bucket, states_[i], bucket.decay_end, bucket.numel(), 0.0,
-                            learning_rate, norm, partials);
+    update(buckets_[i], states_[i], learning_rate, norm, partials);
+    partials += 2 * kernels::adamw_partials(buckets_[i].numel());
   }
   norm.moved = at::sum(moved_, 0);
   return norm;

@@ -17,6 +17,9 @@ struct AdamWOptions {
   double clip = 1.0;                 // largest global gradient norm; 0 = no clipping
   bool master_weights = true;        // FP32 copies of BF16 buckets; FP32 buckets need none
   DType moment_dtype = DType::kF32;  // kF32 or kBF16
+  bool stochastic_rounding = false;  // of BF16 weights without masters and of BF16 moments
+  uint64_t seed = 0;                 // of that rounding
+  double ema_decay = 0;              // of an FP32 running mean of the weights; 0 = none is kept
 };
 
 /// What one step leaves on the device.
@@ -42,9 +45,13 @@ class AdamW {
   /// norm that is not finite skips the update.
   GradientNorm step(double learning_rate);
 
-  /// Takes the buckets' values as the master weights: to be called after weights were loaded or
-  /// filled.
+  /// Takes the buckets' values as the master weights and as the running mean: to be called after
+  /// weights were loaded or filled.
   void reset_masters();
+
+  /// The running mean of bucket `index`'s weights, [numel] FP32, updated by step() in the same pass
+  /// (m = decay · m + (1 - decay) · w); undefined without ema_decay.
+  const at::Tensor& ema(size_t index) const { return states_[index].ema; }
 
   int64_t steps_done() const { return steps_done_; }
 
@@ -53,13 +60,14 @@ class AdamW {
     at::Tensor master;      // [numel] FP32; undefined when the bucket is FP32
     at::Tensor exp_avg;     // [numel]
     at::Tensor exp_avg_sq;  // [numel]
+    at::Tensor ema;         // [numel] FP32; undefined without ema_decay
+    int64_t first_index;    // of its element 0 among all buckets' elements: for random rounding
   };
 
   GradientNorm gradient_norm();
-  /// Leaves the range's parts of how far it moved at `partials` and returns the end of them.
-  double* update_range(const Bucket& bucket, const State& state, int64_t begin, int64_t end,
-                       double weight_decay, double learning_rate, const GradientNorm& norm,
-                       double* partials);
+  /// Leaves the bucket's parts of how far it moved at `partials`.
+  void update(const Bucket& bucket, const State& state, double learning_rate,
+              const GradientNorm& norm, double* partials);
 
   std::vector<Bucket>& buckets_;
   AdamWOptions options_;
@@ -67,7 +75,7 @@ class AdamW {
   at::Tensor partials_;        // scratch of the norm
   at::Tensor sums_;            // [buckets] FP64
   at::Tensor clip_factor_;     // [1] FP32
-  at::Tensor moved_;           // [parts, 2] FP64: how far the weights moved, range by range
+  at::Tensor moved_;           // [parts, 2] FP64: how far the weights moved, bucket by bucket
   int64_t steps_done_ = 0;
 };
 

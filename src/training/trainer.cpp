@@ -70,14 +70,16 @@ void Trainer::build_model() {
                         .cuda = device_.is_cuda()});
   parameters_.initialize(static_cast<uint64_t>(config_.training.seed));
   const auto& optimizer = config_.optimizer;
-  optimizer_ = std::make_unique<AdamW>(parameters_.buckets(),
-                                       AdamWOptions{.beta1 = optimizer.beta1,
-                                                    .beta2 = optimizer.beta2,
-                                                    .eps = optimizer.eps,
-                                                    .weight_decay = optimizer.weight_decay,
-                                                    .clip = optimizer.clip,
-                                                    .master_weights = optimizer.master_weights,
-                                                    .moment_dtype = optimizer.moment_dtype});
+  optimizer_ = std::make_unique<AdamW>(
+      parameters_.buckets(), AdamWOptions{.beta1 = optimizer.beta1,
+                                          .beta2 = optimizer.beta2,
+                                          .eps = optimizer.eps,
+                                          .weight_decay = optimizer.weight_decay,
+                                          .clip = optimizer.clip,
+                                          .master_weights = optimizer.master_weights,
+                                          .moment_dtype = optimizer.moment_dtype,
+                                          .stochastic_rounding = optimizer.stochastic_rounding,
+                                          .seed = static_cast<uint64_t>(config_.training.seed)});
   flops_per_token_ = flops_per_token(config_.model, parameters_, config_.data.sequence_length);
   if (device_.is_cuda()) peak_tflops_ = peak_bf16_tflops(device_name(device_));
 }

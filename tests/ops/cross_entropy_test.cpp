@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "kernels/detail/cross_entropy_plan.h"
 #include "support/compare.h"
 #include "support/random.h"
 
@@ -183,6 +184,150 @@ TEST_P(CrossEntropyTest, Bf16ErrsNoMoreThanTheSameStepsInLibTorch) {
   EXPECT_LE(relative_error(actual.dweight, expected.dweight),
             1.2 * relative_error(w.grad(), expected.dweight));
   EXPECT_TRUE(close(actual.loss.loss_sum, losses.sum(), 1e-5));
+}
+
+/// What cross_entropy_ leaves: the loss, and the logits' gradient.
+struct InPlace {
+  HeadLoss loss;
+  at::Tensor gradient;
+};
+
+InPlace run_in_place(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& scale) {
+  const at::Tensor start = logits.detach().clone().set_requires_grad(true);
+  const at::Tensor given = start.mul(1.0);
+  InPlace result{cross_entropy_(given, labels, scale), {}};
+  result.loss.objective.backward();
+  result.gradient = start.grad();
+  EXPECT_TRUE(same_bits(given, result.gradient)) << "the logits' memory holds their gradient";
+  return result;
+}
+
+TEST_P(CrossEntropyTest, InPlaceAgreesWithFloat64AndErrsNoMoreThanLibTorch) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  // From 24,576 on, CUDA's BF16 rows are kept on chip by clusters; 129,280 is V3's.
+  for (const auto& [t, v] : std::vector<std::pair<int64_t, int64_t>>{{0, 50},
+                                                                     {1, 1},
+                                                                     {3, 7},
+                                                                     {40, 1000},
+                                                                     {9, 24584},
+                                                                     {5, 32000},
+                                                                     {300, 32000},
+                                                                     {7, 102400},
+                                                                     {41, 129280},
+                                                                     {2, 129279}}) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      SCOPED_TRACE(testing::Message() << "T " << t << ", V " << v << ", " << c10::toString(dtype));
+      const at::Tensor logits = random.normal({t, v}, dtype, GetParam(), 2.0);
+      const at::Tensor labels = random_labels(random, t, v, GetParam());
+      const auto in_libtorch = [&](at::ScalarType type) {
+        const at::Tensor x = logits.detach().to(type).clone().set_requires_grad(true);
+        const at::Tensor losses = reference::cross_entropy(x, labels);
+        (losses.sum() * 0.125).backward();
+        return std::pair(losses.sum(), x.grad());
+      };
+      const auto expected = in_libtorch(at::kDouble);
+      const InPlace actual = run_in_place(logits, labels, scalar(0.125, GetParam()));
+      EXPECT_TRUE(close(actual.loss.loss_sum, expected.first, 1e-5));
+      EXPECT_TRUE(close(actual.gradient, expected.second, dtype == at::kFloat ? 1e-5 : 1e-2));
+      const at::Tensor right = logits.argmax(1).eq(labels).logical_and(labels.ge(0)).sum();
+      EXPECT_EQ(actual.loss.correct.item<int64_t>(), right.item<int64_t>());
+      if (dtype == at::kBFloat16 && t * v > 1000) {
+        EXPECT_LE(test::relative_error(actual.gradient, expected.second),
+                  1.2 * test::relative_error(in_libtorch(dtype).second, expected.second));
+      }
+    }
+  }
+}
+
+TEST_P(CrossEntropyTest, InPlaceGradientAgreesWithFiniteDifferences) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const at::Tensor logits = random.normal({5, 9}, at::kDouble, GetParam());
+  const at::Tensor labels = random_labels(random, 5, 9, GetParam());
+  const at::Tensor scale = scalar(0.25, GetParam()).to(at::kDouble);
+  const at::Tensor gradient = run_in_place(logits, labels, scale).gradient;
+  const at::NoGradGuard guard;
+  for (int64_t i = 0; i < logits.numel(); ++i) {
+    constexpr double kStep = 1e-5;
+    at::Tensor up = logits.clone(), down = logits.clone();
+    up.view(-1)[i] += kStep;
+    down.view(-1)[i] -= kStep;
+    const double slope = (cross_entropy_(up, labels, scale).objective.item<double>() -
+                          cross_entropy_(down, labels, scale).objective.item<double>()) /
+                         (2 * kStep);
+    EXPECT_NEAR(gradient.view(-1)[i].item<double>(), slope, 1e-8);
+  }
+}
+
+TEST_P(CrossEntropyTest, LabelsThatAreEdgesOfTheRowAndTies) {
+  for (const int64_t vocab : {int64_t{77}, int64_t{32000}, int64_t{129280}}) {
+    const auto options = at::TensorOptions(at::kBFloat16).device(GetParam());
+    at::Tensor logits = at::zeros({4, vocab}, options);
+    logits[0][0] = 3.0;
+    logits[1][vocab - 1] = 3.0;
+    logits[2].fill_(-0.0);
+    logits[2][vocab / 2].fill_(0.0);
+    logits[3][vocab - 1] = 1.0;
+    logits[3][vocab - 9] = 1.0;
+    at::Tensor labels = at::zeros({4}, options.dtype(at::kInt));
+    labels[1] = vocab - 1;
+    labels[3] = vocab - 1;  // tied with a lower id: not the argmax
+    const InPlace result = run_in_place(logits, labels, scalar(1.0, GetParam()));
+    EXPECT_EQ(result.loss.correct.item<int64_t>(), 3) << "vocab " << vocab;
+    EXPECT_NEAR(result.gradient.to(at::kFloat).sum().item<double>(), 0.0, 0.05);
+  }
+}
+
+TEST_P(CrossEntropyTest, ALabelThatIsNoIdGivesNanOnCuda) {
+  if (!GetParam().is_cuda()) GTEST_SKIP() << "the host refuses it";
+  for (const int64_t vocab : {int64_t{72}, int64_t{129280}}) {
+    const at::Tensor logits =
+        at::full({2, vocab}, 0.5, at::TensorOptions(at::kBFloat16).device(GetParam()));
+    at::Tensor labels = at::zeros({2}, at::TensorOptions(at::kInt).device(GetParam()));
+    labels[0] = vocab;
+    const InPlace result = run_in_place(logits, labels, scalar(1.0, GetParam()));
+    EXPECT_TRUE(std::isnan(result.loss.loss_sum.item<double>()));
+    EXPECT_EQ(result.gradient[0].abs().sum().item<double>(), 0.0);
+  }
+}
+
+TEST_P(CrossEntropyTest, TenRunsInPlaceGiveTheSameBits) {
+  test::Random random(test::fresh_seed());
+  for (const int64_t vocab : {int64_t{1003}, int64_t{129280}}) {
+    const at::Tensor logits = random.normal({37, vocab}, at::kBFloat16, GetParam());
+    const at::Tensor labels = random_labels(random, 37, vocab, GetParam());
+    const InPlace first = run_in_place(logits, labels, scalar(0.1, GetParam()));
+    for (int i = 1; i < 10; ++i) {
+      const InPlace again = run_in_place(logits, labels, scalar(0.1, GetParam()));
+      EXPECT_TRUE(same_bits(again.loss.loss_sum, first.loss.loss_sum));
+      EXPECT_TRUE(same_bits(again.gradient, first.gradient));
+    }
+  }
+}
+
+TEST(CrossEntropyPlan, HoldsTheRowInSlicesThatFitTheChip) {
+  using kernels::detail::cross_entropy_plan;
+  using kernels::detail::CrossEntropyPlan;
+  for (int64_t vocab = 1; vocab < 300000; vocab += 37) {
+    for (const int64_t size : {2, 4}) {
+      const CrossEntropyPlan plan = cross_entropy_plan(vocab, size);
+      if (plan.blocks == 0) continue;
+      ASSERT_GE(plan.slice * plan.blocks, vocab);
+      ASSERT_LT(plan.slice * (plan.blocks - 1), vocab) << "the last block has work";
+      ASSERT_EQ(plan.slice * size % 16, 0);
+      ASSERT_EQ(vocab * size % 16, 0);
+      ASSERT_GE(plan.stage_bytes, plan.slice * size);
+      ASSERT_GE(plan.stages, 5) << "a row is loaded two steps ahead";
+      ASSERT_LE(plan.stages * plan.stage_bytes, CrossEntropyPlan::kSharedBytes);
+    }
+  }
+  EXPECT_EQ(cross_entropy_plan(129280, 2).blocks, 8);
+  EXPECT_EQ(cross_entropy_plan(129280, 2).stages, 7);
+  EXPECT_EQ(cross_entropy_plan(32000, 2).blocks, 2);
+  EXPECT_EQ(cross_entropy_plan(16160, 2).blocks, 0);
 }
 
 TEST_P(CrossEntropyTest, AllIgnoredGivesZeros) {

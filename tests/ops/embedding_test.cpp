@@ -47,6 +47,32 @@ TEST_P(Embedding, RowsAndTheirGradient) {
   }
 }
 
+TEST_P(Embedding, ATokenRepeatedThousandsOfTimes) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  constexpr int64_t kTokens = 9000, kVocab = 70, kHidden = 88;
+  at::Tensor ids = random.integers({kTokens}, kVocab);
+  auto* id = ids.mutable_data_ptr<int32_t>();
+  for (int64_t t = 0; t < kTokens; ++t) {
+    if (random.integer(0, 2) > 0) id[t] = random.integer(0, 9) == 0 ? 3 : 41;
+  }
+  const at::Tensor data = random.normal({kVocab, kHidden}, dtype);
+  const at::Tensor dy = random.normal({kTokens, kHidden}, dtype, at::kCPU, 1.0, 0.5);
+  const auto run = [&](at::ScalarType type, at::Device place, at::ScalarType bucket) {
+    const ops::Weight weight = test::weight_of(data, type, place, bucket, 0.5);
+    test::backward({ops::embedding(ids.to(place), weight)}, {dy});
+    return weight.grad;
+  };
+  const at::Tensor first = run(dtype, device, at::kFloat);
+  // FP32 sums of up to 5,400 terms that mostly have one sign.
+  EXPECT_TRUE(test::close(first, run(at::kDouble, at::kCPU, at::kDouble), 2e-5));
+  for (int i = 1; i < 10; ++i) {
+    EXPECT_TRUE(test::same_bits(run(dtype, device, at::kFloat), first));
+  }
+}
+
 TEST_P(Embedding, FrozenTable) {
   const auto [device, dtype] = GetParam();
   test::Random random(31);

@@ -1,5 +1,6 @@
 #include "ops/rope.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
@@ -113,6 +114,89 @@ TEST_P(Rope, KeyValue) {
     test::expect_agree(ours, oracle, dtype == at::kBFloat16 ? run(dtype, device, 2) : Named{});
     test::expect_agree(run(at::kDouble, device, 0), oracle, {});
     EXPECT_TRUE(test::same_bits(ours[3].second, run(dtype, device, 0)[3].second));
+  }
+}
+
+TEST_P(Rope, QueryInPlaceGivesTheSameBits) {
+  const auto [device, dtype] = GetParam();
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  for (const auto& [T, H, N, R, Vd, pad] : kSizes) {
+    SCOPED_TRACE(::testing::Message() << "T " << T << " H " << H << " N " << N << " R " << R);
+    const at::Tensor table = make_table(50, R).to(device);
+    const at::Tensor positions = random.integers({T}, 50, device);
+    const at::Tensor data = random.normal({T, H * (N + R) + pad}, dtype, device);
+    const at::Tensor dy = random.normal({T, H, N + R}, dtype, device), dy_before = dy.clone();
+    const auto run = [&, H = H, N = N, R = R](bool in_place, bool own_gradient) {
+      const at::Tensor start = data.detach().clone().requires_grad_();
+      const at::Tensor big = start.mul(1.0);  // no leaf, saved by nobody
+      const at::Tensor q = big.narrow(1, 0, H * (N + R)).unflatten(1, {H, N + R});
+      const at::Tensor y =
+          in_place ? ops::rope_query_(q, table, positions) : ops::rope_query(q, table, positions);
+      EXPECT_EQ(y.const_data_ptr() == q.const_data_ptr(), in_place || q.numel() == 0);
+      if (own_gradient) {
+        test::backward({y}, {dy});
+      } else {
+        y.backward(dy);
+      }
+      return std::pair(y.detach().clone(), start.grad());
+    };
+    const auto expected = run(false, true);
+    for (const bool own_gradient : {true, false}) {
+      const auto actual = run(true, own_gradient);
+      EXPECT_TRUE(test::same_bits(actual.first, expected.first));
+      EXPECT_TRUE(test::same_bits(actual.second, expected.second));
+      EXPECT_TRUE(test::same_bits(dy, dy_before)) << "a gradient that others hold stays";
+    }
+  }
+}
+
+TEST_P(Rope, TenRunsGiveTheSameBits) {
+  const auto [device, dtype] = GetParam();
+  test::Random random(test::fresh_seed());
+  const int64_t T = 33, H = 128, N = 128, R = 64, Vd = 128;
+  const at::Tensor table = make_table(64, R).to(device);
+  const at::Tensor positions = random.integers({T}, 64, device);
+  const at::Tensor kv_data = random.normal({T, H, N + Vd}, dtype);
+  const at::Tensor rope_data = random.normal({T, R}, dtype);
+  const at::Tensor dk = random.normal({T, H, N + R}, dtype), dv = random.normal({T, H, Vd}, dtype);
+  Named first;
+  for (int i = 0; i < 10; ++i) {
+    const at::Tensor kv = test::leaf(kv_data, dtype, device);
+    const at::Tensor k_rope = test::leaf(rope_data, dtype, device);
+    const auto [k, v] = ops::rope_key_value(kv, k_rope, table, positions, Vd);
+    test::backward({k, v}, {dk, dv});
+    const Named run{{"k", k}, {"dkv", kv.grad()}, {"dk_rope", k_rope.grad()}};
+    if (i == 0) first = run;
+    for (size_t j = 0; j < run.size(); ++j) {
+      EXPECT_TRUE(test::same_bits(run[j].second, first[j].second)) << run[j].first;
+    }
+  }
+}
+
+TEST(RopeGradient, AgreesWithFiniteDifferences) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const int64_t T = 4, H = 3, N = 2, R = 6, Vd = 2;
+  const at::Tensor table = make_table(9, R), positions = random.integers({T}, 9);
+  const at::Tensor kv_data = random.normal({T, H, N + Vd}, at::kDouble);
+  const at::Tensor rope_data = random.normal({T, R}, at::kDouble);
+  const at::Tensor dk = random.normal({T, H, N + R}, at::kDouble);
+  const auto objective = [&](const at::Tensor& k_rope) {
+    return std::get<0>(ops::rope_key_value(kv_data, k_rope, table, positions, Vd)).mul(dk).sum();
+  };
+  const at::Tensor k_rope = test::leaf(rope_data, at::kDouble);
+  objective(k_rope).backward();
+  for (int64_t i = 0; i < rope_data.numel(); ++i) {
+    constexpr double kStep = 1e-4;
+    at::Tensor up = rope_data.clone(), down = rope_data.clone();
+    up.view(-1)[i] += kStep;
+    down.view(-1)[i] -= kStep;
+    const double slope =
+        (objective(up).item<double>() - objective(down).item<double>()) / (2 * kStep);
+    EXPECT_NEAR(k_rope.grad().view(-1)[i].item<double>(), slope, 1e-8);
   }
 }
 

@@ -1,9 +1,13 @@
 #pragma once
 
-// The element of AdamW and its checks, for the host's and the device's body.
+// What the host's and the device's bodies of AdamW share: the element, the random rounding, the
+// checks.
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
+#include "kernels/detail/philox.h"
 #include "kernels/optimizer.h"
 
 #ifdef __CUDACC__
@@ -14,15 +18,62 @@
 
 namespace dsv3::kernels::detail {
 
-/// Updates weight w and moments m, v from the clipped gradient g.
-DSV3_ADAMW_INLINE void adamw_element(const AdamW& p, float g, float& w, float& m, float& v) {
-  w -= p.learning_rate * p.weight_decay * w;
-  m += (1.0f - p.beta1) * (g - m);
-  v = p.beta2 * v + (1.0f - p.beta2) * g * g;
-  w -= p.learning_rate / p.correction1 * m / (sqrtf(v / p.correction2) + p.eps);
+/// What the formula needs of a step, so that an element costs one root and one division.
+struct AdamWFactors {
+  float decay;         // lr · weight decay
+  float gain1;         // 1 - β1
+  float beta2, gain2;  // β2, 1 - β2
+  float step_size;     // lr / correction1
+  float root_scale;    // 1 / sqrt(correction2)
+  float eps;
+};
+
+inline AdamWFactors adamw_factors(const AdamW& p) {
+  return {.decay = p.learning_rate * p.weight_decay,
+          .gain1 = 1.0f - p.beta1,
+          .beta2 = p.beta2,
+          .gain2 = 1.0f - p.beta2,
+          .step_size = p.learning_rate / p.correction1,
+          .root_scale = 1.0f / std::sqrt(p.correction2),
+          .eps = p.eps};
+}
+
+/// Updates weight w and moments m, v from the clipped gradient g. Math has root(x) and
+/// quotient(a, b); `decay` is f.decay or 0.
+template <typename Math>
+DSV3_ADAMW_INLINE void adamw_element(const AdamWFactors& f, float decay, float g, float& w,
+                                     float& m, float& v) {
+  m += f.gain1 * (g - m);
+  v = f.beta2 * v + f.gain2 * g * g;
+  w -= decay * w;
+  w -= f.step_size * Math::quotient(m, Math::root(v) * f.root_scale + f.eps);
+}
+
+/// Which of an element's numbers is rounded.
+enum class Rounded : uint32_t { kWeight = 0, kExpAvg = 1, kExpAvgSq = 2, kEma = 3 };
+
+/// Random words for the eight elements of which `index` (among all of the run) is one: element e of
+/// them takes 16 bits, the lower (e even) or upper (e odd) half of word e / 2.
+DSV3_ADAMW_INLINE Philox4 rounding_words(const AdamW& p, int64_t index, Rounded what) {
+  return philox4x32(p.seed, static_cast<uint64_t>(index) / 8,
+                    4 * p.step + static_cast<uint64_t>(what));
+}
+DSV3_ADAMW_INLINE uint32_t rounding_bits(const Philox4& words, int element) {
+  return (words.word[element / 2] >> (element % 2 * 16)) & 0xffffu;
+}
+
+/// FP32 bits → BF16 bits, up with the probability of the part that is cut off. Infinity and NaN
+/// stay.
+DSV3_ADAMW_INLINE uint32_t round_at_random(uint32_t bits, uint32_t random16) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const uint32_t nan = (bits & 0x7fffffu) != 0 ? 0x40u : 0u;
+  return finite ? (bits + random16) >> 16 : (bits >> 16) | nan;
 }
 
 /// Throws std::invalid_argument when dtypes do not fit or a correction is not positive.
 void check_adamw(const AdamW& p);
+
+/// The same for a matrix, its size and the stride of its scales.
+void check_adamw_fp8(const AdamWFp8& p);
 
 }  // namespace dsv3::kernels::detail

@@ -14,7 +14,7 @@ namespace dsv3::kernels::cuda::detail {
 
 inline constexpr int kVector = 8;
 
-inline bool aligned16(const void* pointer) {
+__host__ __device__ inline bool aligned16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 

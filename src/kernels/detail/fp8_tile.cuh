@@ -1,0 +1,242 @@
+#pragma once
+
+// FP8 tiles on the device. A block of 256 threads holds 128×128 numbers in registers: thread
+// (octet = t mod 16, band = t / 16) has 8 columns from 8·octet in 8 rows from 8·band. A row of the
+// tile is 16 neighbouring lanes, whose maximum is four shuffles; its codes leave in 128-byte runs.
+// A column's maximum goes through shared memory; its codes too, swizzled so that neither side has
+// bank conflicts, and leave 16 bytes a thread in 128-byte runs along the tokens.
+
+#include <cuda_fp8.h>
+
+#include "kernels/detail/e4m3.h"
+#include "kernels/detail/launch.cuh"
+#include "kernels/detail/packed.cuh"
+#include "kernels/detail/vector.cuh"
+
+namespace dsv3::kernels::cuda::detail {
+
+inline constexpr int kTileThreads = 256;
+inline constexpr int kTileWarps = kTileThreads / kWarp;
+inline constexpr int kTile = static_cast<int>(kFp8Tile);
+inline constexpr int kBand = 8;  // rows of a thread
+
+__device__ __forceinline__ int tile_octet() {
+  return threadIdx.x % 16;
+}
+__device__ __forceinline__ int tile_first_row() {
+  return threadIdx.x / 16 * kBand;
+}
+
+__device__ __forceinline__ uint32_t encode4(float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+#else
+  return kernels::detail::e4m3_code(a) | kernels::detail::e4m3_code(b) << 8 |
+         kernels::detail::e4m3_code(c) << 16 | kernels::detail::e4m3_code(d) << 24;
+#endif
+}
+
+/// Eight codes of value(0) … value(7), the first in the lowest byte. Note: __fmul_rn is never
+/// joined with an addition.
+template <typename Fn>
+__device__ __forceinline__ uint2 encode8(Fn&& value, float inverse) {
+  return make_uint2(encode4(__fmul_rn(value(0), inverse), __fmul_rn(value(1), inverse),
+                            __fmul_rn(value(2), inverse), __fmul_rn(value(3), inverse)),
+                    encode4(__fmul_rn(value(4), inverse), __fmul_rn(value(5), inverse),
+                            __fmul_rn(value(6), inverse), __fmul_rn(value(7), inverse)));
+}
+
+/// The number of byte `index` (a constant) of a word of codes.
+__device__ __forceinline__ float decode(uint32_t word, int index) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  const auto pair = static_cast<__nv_fp8x2_storage_t>(word >> (index / 2 * 16));
+  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  return __half2float(__ushort_as_half(index % 2 == 0 ? halves.x : halves.y));
+#else
+  return kernels::detail::e4m3_value(word >> (8 * index) & 0xffu);
+#endif
+}
+__device__ __forceinline__ float decode(const uint2& words, int index) {
+  return decode(index < 4 ? words.x : words.y, index % 4);
+}
+
+/// The largest of 16 neighbouring lanes, to all of them.
+__device__ __forceinline__ float half_warp_max(float x) {
+#pragma unroll
+  for (int mask = 8; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, mask));
+  return x;
+}
+
+/// Up to `count` codes to `out`: one 8-byte store with kVec, where all eight or none are wanted.
+template <bool kVec>
+__device__ __forceinline__ void store_codes(uint8_t* out, const uint2& codes, int64_t count) {
+  if constexpr (kVec) {
+    if (count > 0) *reinterpret_cast<uint2*>(out) = codes;
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (e < count) out[e] = static_cast<uint8_t>((e < 4 ? codes.x : codes.y) >> (8 * (e % 4)));
+    }
+  }
+}
+
+/// A thread's share of a tile as it came from memory; at(row, column) widens one number.
+template <typename T>
+struct TileValues {
+  Packed<T> rows[kBand];
+
+  /// Row j from `x`, of which `count` elements exist (none: zeros).
+  template <bool kVec>
+  __device__ __forceinline__ void load(int j, const T* x, int64_t count) {
+    rows[j].clear();
+    if constexpr (kVec) {
+      if (count > 0) rows[j].load_once(x);
+    } else {
+      float v[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = e < count ? to_float(x[e]) : 0.0f;
+      rows[j].set(v);
+    }
+  }
+  __device__ __forceinline__ void set(int j, const float (&v)[8]) {
+    rows[j].set(v);
+  }
+  __device__ __forceinline__ float at(int j, int e) const {
+    return rows[j].at(e);
+  }
+};
+
+template <>
+struct TileValues<uint8_t> {
+  uint2 raw[kBand];
+  float scale[kBand];
+
+  template <bool kVec>
+  __device__ __forceinline__ void load(int j, const uint8_t* x, int64_t count) {
+    raw[j] = make_uint2(0, 0);
+    if constexpr (kVec) {
+      if (count > 0) raw[j] = __ldcs(reinterpret_cast<const uint2*>(x));
+    } else {
+      uint32_t words[2] = {0, 0};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (e < count) words[e / 4] |= uint32_t{x[e]} << (8 * (e % 4));
+      }
+      raw[j] = make_uint2(words[0], words[1]);
+    }
+  }
+  __device__ __forceinline__ float at(int j, int e) const {
+    return __fmul_rn(decode(raw[j], e), scale[j]);
+  }
+};
+
+/// Which part of a matrix a tile is.
+struct TilePlace {
+  int64_t row0, column0;  // of the output
+  int rows;               // rows that exist, ≤ 128
+  int64_t width;          // columns of the output
+
+  /// Columns that exist from this thread's first on; ≤ 0 = none.
+  __device__ __forceinline__ int64_t columns_left() const {
+    return width - column0 - 8 * tile_octet();
+  }
+};
+
+/// 1×128 tiles of the rows that exist.
+template <bool kVec, typename Values>
+__device__ __forceinline__ void emit_rows(const Values& values, const Fp8Rows& out,
+                                          const ScaleRule& rule, const TilePlace& place) {
+  const int first = tile_first_row();
+  const int64_t left = place.columns_left();
+  float scales[kBand];
+#pragma unroll
+  for (int j = 0; j < kBand; ++j) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) amax = fmaxf(amax, fabsf(values.at(j, e)));
+    const auto scale = kernels::detail::tile_scale(half_warp_max(amax), rule);
+    scales[j] = scale.scale;
+    if (first + j < place.rows) {
+      const uint2 codes = encode8([&](int e) { return values.at(j, e); }, scale.inverse);
+      const int64_t row = place.row0 + first + j;
+      store_codes<kVec>(out.data + row * place.width + place.column0 + 8 * tile_octet(), codes,
+                        left);
+    }
+  }
+  if (tile_octet() != 0) return;
+  float* to = out.scales + place.column0 / kTile * out.scale_stride + place.row0 + first;
+  if (first + kBand <= place.rows && aligned16(to)) {
+    store8(to, scales);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kBand; ++j) {
+      if (first + j < place.rows) to[j] = scales[j];
+    }
+  }
+}
+
+struct ColumnShared {
+  float amax[kTileWarps][kTile];
+  float inverse[kTile];
+  uint4 codes[kTile][8];  // [column][16 tokens], swizzled: see swizzle()
+};
+
+/// Where the 16 tokens from 16·pair of a column stand; in odd octets their halves are swapped.
+__device__ __forceinline__ int swizzle(int column, int pair) {
+  return pair ^ (column / 16 % 8);
+}
+
+/// 128×1 tiles of all 128 rows, transposed; `padded` = tokens of the output. All threads of the
+/// block call it; `shared` may be used again at once by another call.
+template <typename Values>
+__device__ __forceinline__ void emit_columns(const Values& values, const Fp8Columns& out,
+                                             const ScaleRule& rule, const TilePlace& place,
+                                             int64_t padded, ColumnShared& shared) {
+  const int octet = tile_octet(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float amax[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    amax[e] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kBand; ++j) amax[e] = fmaxf(amax[e], fabsf(values.at(j, e)));
+    amax[e] = fmaxf(amax[e], __shfl_xor_sync(kFullMask, amax[e], 16));
+  }
+  if (lane < 16) store8(&shared.amax[warp][8 * octet], amax);
+  __syncthreads();
+  if (threadIdx.x < kTile) {
+    const int column = threadIdx.x;
+    float top = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kTileWarps; ++w) top = fmaxf(top, shared.amax[w][column]);
+    const auto scale = kernels::detail::tile_scale(top, rule);
+    shared.inverse[column] = scale.inverse;
+    if (place.column0 + column < place.width) {
+      out.scales[place.row0 / kTile * out.scale_stride + place.column0 + column] = scale.scale;
+    }
+  }
+  __syncthreads();
+  const int band = threadIdx.x / 16;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int column = 8 * octet + e;
+    const uint2 codes = encode8([&](int j) { return values.at(j, e); }, shared.inverse[column]);
+    // Note: 8-byte chunk `band` of the column, at chunk band ^ octet: the 16 lanes of a half warp
+    // write to 16 different chunks of 128 bytes.
+    reinterpret_cast<uint2*>(shared.codes[column])[band ^ octet] = codes;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTile * 8 / kTileThreads; ++i) {
+    const int from_octet = lane / 8 + 4 * i, column = 8 * from_octet + warp, pair = lane % 8;
+    uint4 codes = shared.codes[column][swizzle(column, pair)];
+    if (from_octet % 2 != 0) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
+    if (place.column0 + column < place.width) {
+      uint8_t* to = out.data + (place.column0 + column) * padded + place.row0 + 16 * pair;
+      *reinterpret_cast<uint4*>(to) = codes;
+    }
+  }
+}
+
+}  // namespace dsv3::kernels::cuda::detail

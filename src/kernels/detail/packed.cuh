@@ -1,0 +1,74 @@
+#pragma once
+
+// Eight numbers of a thread as they came from memory: BF16 stays packed, so that many loads can be
+// in flight before the first use.
+
+#include <cstdint>
+
+#include "kernels/detail/vector.cuh"
+
+namespace dsv3::kernels::cuda::detail {
+
+template <typename T>
+struct Packed;
+
+template <>
+struct Packed<__nv_bfloat16> {
+  uint4 raw;
+
+  __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
+  /// Read once, so that the caches keep what is read again (weights).
+  __device__ __forceinline__ void load_once(const __nv_bfloat16* x) {
+    raw = __ldcs(reinterpret_cast<const uint4*>(x));
+  }
+  __device__ __forceinline__ void load(const __nv_bfloat16* x) {
+    raw = *reinterpret_cast<const uint4*>(x);
+  }
+  __device__ __forceinline__ void store(__nv_bfloat16* x) const {
+    *reinterpret_cast<uint4*>(x) = raw;
+  }
+  __device__ __forceinline__ float at(int e) const {
+    const uint32_t word = e < 4 ? (e < 2 ? raw.x : raw.y) : (e < 6 ? raw.z : raw.w);
+    return __uint_as_float(e % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  __device__ __forceinline__ void set(const float (&v)[kVector]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    raw = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+template <>
+struct Packed<float> {
+  float v[kVector];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = 0.0f;
+  }
+  __device__ __forceinline__ void load_once(const float* x) {
+    const float4 low = __ldcs(reinterpret_cast<const float4*>(x));
+    const float4 high = __ldcs(reinterpret_cast<const float4*>(x) + 1);
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  }
+  __device__ __forceinline__ void load(const float* x) {
+    load8(x, v);
+  }
+  __device__ __forceinline__ void store(float* x) const {
+    store8(x, v);
+  }
+  __device__ __forceinline__ float at(int e) const {
+    return v[e];
+  }
+  __device__ __forceinline__ void set(const float (&values)[kVector]) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = values[e];
+  }
+};
+
+}  // namespace dsv3::kernels::cuda::detail

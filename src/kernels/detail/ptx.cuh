@@ -1,0 +1,142 @@
+#pragma once
+
+// Instructions that CUDA C++ has no word for, one per function (PTX ISA 8.x). Those of sm_90 trap
+// elsewhere: their callers launch them on that architecture only.
+
+#include <cstdint>
+
+namespace dsv3::kernels::cuda::detail::ptx {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define DSV3_SM90(...) __trap()
+#else
+#define DSV3_SM90(...) asm volatile(__VA_ARGS__)
+#endif
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// 2^x, flushing denormals; about 2 ulp.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// 1 / x; about 1 ulp.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// The larger of each half of two pairs of BF16; a number where one of them is NaN.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// Clusters of thread blocks.
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+  DSV3_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+/// Announces this thread at the cluster's barrier; what it wrote before is seen behind
+/// cluster_wait.
+__device__ __forceinline__ void cluster_arrive() {
+  DSV3_SM90("barrier.cluster.arrive.release;" ::: "memory");
+}
+/// Waits until all threads of the cluster have announced themselves.
+__device__ __forceinline__ void cluster_wait() {
+  DSV3_SM90("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/// The address, in block `rank` of the cluster, of what stands at `address` in one's own shared
+/// memory.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t mapped = 0;
+  DSV3_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, uint4 v) {
+  DSV3_SM90("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+            "r"(v.z), "r"(v.w)
+            : "memory");
+}
+
+// Bulk copies between device and shared memory, 16-byte aligned, a multiple of 16 bytes.
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  DSV3_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+            : "memory");
+}
+/// Makes barrier_init known to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+  DSV3_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+/// Arrives, and lets the phase wait for `bytes` more.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  DSV3_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+            "r"(bytes)
+            : "memory");
+}
+/// Whether the phase of this parity is over; waits a while before it says no.
+__device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t over = 0;
+  DSV3_SM90(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+/// Device → shared; counts its bytes at the barrier.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+  DSV3_SM90(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+/// Shared → device, in the thread's open group of copies.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  DSV3_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+            "r"(shared_address(shared)), "r"(bytes)
+            : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  DSV3_SM90("cp.async.bulk.commit_group;" ::: "memory");
+}
+/// Waits until all but the latest `kPending` groups have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  DSV3_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+/// Waits until all groups are complete.
+__device__ __forceinline__ void bulk_wait_all() {
+  DSV3_SM90("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+/// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine.
+__device__ __forceinline__ void fence_async_shared() {
+  DSV3_SM90("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#undef DSV3_SM90
+
+}  // namespace dsv3::kernels::cuda::detail::ptx

@@ -1,0 +1,36 @@
+#pragma once
+
+// SwiGLU of one number, the same bits in every kernel: products are not joined with additions.
+
+#include <cuda_bf16.h>
+
+#include <type_traits>
+
+namespace dsv3::kernels::cuda::detail {
+
+/// 1 / (1 + e^-x). BF16 takes the approximate exponential and division (errors of a few 2^-22, far
+/// below its rounding), because the exact ones would bind memory-bound kernels to arithmetic.
+template <typename T>
+__device__ __forceinline__ float sigmoid(float x) {
+  if constexpr (std::is_same_v<T, float>) return 1.0f / (1.0f + expf(-x));
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+template <typename T>
+__device__ __forceinline__ float swiglu_value(float gate, float up, float row_weight) {
+  return __fmul_rn(__fmul_rn(__fmul_rn(gate, sigmoid<T>(gate)), up), row_weight);
+}
+
+/// Returns silu(gate) · up · dy, the row weight's share; replaces gate and up by their gradients.
+template <typename T>
+__device__ __forceinline__ float swiglu_gradient(float& gate, float& up, float dy,
+                                                 float row_weight) {
+  const float s = sigmoid<T>(gate), silu = __fmul_rn(gate, s);
+  const float d = __fmul_rn(dy, row_weight);
+  const float share = __fmul_rn(__fmul_rn(silu, up), dy);
+  gate = __fmul_rn(__fmul_rn(d, up), fmaf(silu, 1.0f - s, s));
+  up = __fmul_rn(d, silu);
+  return share;
+}
+
+}  // namespace dsv3::kernels::cuda::detail

@@ -1,0 +1,95 @@
+// The paged latent cache's write on the device: a warp per token, 8 numbers a lane at a time; a
+// tile of 128 is 16 neighbouring lanes. Reads 2·(C + R) bytes per token in BF16 and writes a slot.
+
+#include "kernels/detail/fp8_tile.cuh"
+
+namespace dsv3::kernels::cuda {
+namespace {
+
+using detail::kWarp;
+
+constexpr int kTokens = 8;  // warps of a block
+
+template <bool kVec, typename T>
+__device__ __forceinline__ void load_part(const T* x, int64_t left, float (&v)[8]) {
+  if constexpr (kVec) {
+    detail::load8(x, v);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = e < left ? detail::to_float(x[e]) : 0.0f;
+  }
+}
+
+/// `size` numbers in BF16.
+template <bool kVec, typename T>
+__device__ __forceinline__ void write_bf16(const T* x, int64_t size, uint8_t* out, int lane) {
+  auto* y = reinterpret_cast<__nv_bfloat16*>(out);
+  for (int64_t c = 8 * lane; c < size; c += 8 * kWarp) {
+    float v[8];
+    load_part<kVec>(x + c, size - c, v);
+    if constexpr (kVec) {
+      detail::store8(y + c, v);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (c + e < size) y[c + e] = __float2bfloat16_rn(v[e]);
+      }
+    }
+  }
+}
+
+template <typename T, bool kVec>
+__global__ void __launch_bounds__(kTokens* kWarp) write_kernel(LatentCacheWrite p, int64_t bytes) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t t = int64_t{blockIdx.x} * kTokens + threadIdx.x / kWarp;
+  if (t >= p.num_tokens) return;
+  const int64_t slot = p.slots[t];
+  if (slot < 0 || slot >= p.num_slots) return;
+  const T* latent = static_cast<const T*>(p.latent) + t * p.latent_stride;
+  const T* rope = static_cast<const T*>(p.rope) + t * p.rope_stride;
+  uint8_t* out = static_cast<uint8_t*>(p.cache) + slot * bytes;
+  if (p.cache_dtype == DType::kBF16) {
+    write_bf16<kVec>(latent, p.latent_dim, out, lane);
+    write_bf16<kVec>(rope, p.rope_dim, out + 2 * p.latent_dim, lane);
+    return;
+  }
+  auto* scales = reinterpret_cast<float*>(out + p.latent_dim);
+  // Whole warps go round together, because of the shuffles; C is a multiple of 128.
+  for (int64_t base = 0; base < p.latent_dim; base += 8 * kWarp) {
+    const int64_t c = base + 8 * lane;
+    float v[8] = {};
+    if (c < p.latent_dim) load_part<kVec>(latent + c, 8, v);
+    float amax = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) amax = fmaxf(amax, fabsf(v[e]));
+    const auto scale = kernels::detail::tile_scale(detail::half_warp_max(amax), p.rule);
+    if (c >= p.latent_dim) continue;
+    if (c % kFp8Tile == 0) scales[c / kFp8Tile] = scale.scale;
+    detail::store_codes<kVec>(out + c, detail::encode8([&](int e) { return v[e]; }, scale.inverse),
+                              8);
+  }
+  write_bf16<kVec>(rope, p.rope_dim, out + bytes - 2 * p.rope_dim, lane);
+}
+
+}  // namespace
+
+void latent_cache_write(const LatentCacheWrite& p, Stream stream) {
+  if (p.num_tokens == 0) return;
+  const int64_t bytes = latent_cache_bytes(p.latent_dim, p.rope_dim, p.cache_dtype);
+  const auto grid = static_cast<unsigned>((p.num_tokens + kTokens - 1) / kTokens);
+  const bool vec = p.latent_dim % 8 == 0 && p.rope_dim % 8 == 0 && p.latent_stride % 8 == 0 &&
+                   p.rope_stride % 8 == 0 && bytes % 16 == 0 && detail::aligned16(p.latent) &&
+                   detail::aligned16(p.rope) && detail::aligned16(p.cache);
+  const cudaStream_t on = detail::cuda_stream(stream);
+  detail::dispatch_float("latent_cache_write", p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (vec) {
+      write_kernel<T, true><<<grid, kTokens * kWarp, 0, on>>>(p, bytes);
+    } else {
+      write_kernel<T, false><<<grid, kTokens * kWarp, 0, on>>>(p, bytes);
+    }
+  });
+  detail::check_launch("latent_cache_write");
+}
+
+}  // namespace dsv3::kernels::cuda

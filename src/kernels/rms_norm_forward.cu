@@ -1,0 +1,211 @@
+// RMSNorm's forward on the device: a group of 32 … 1024 threads holds a row in registers (up to 32
+// elements a thread), all loads of x and residual in flight before the first use, so each row is
+// read once and written once: 4·T·D bytes in BF16, 8·T·D with a residual, 3·T·D where only FP8
+// leaves (a tile of 128 is 16 neighbouring lanes). Widths that are not multiples of 8, unaligned
+// pointers and D > 32768 take a scalar path. Backward: rms_norm.cu.
+
+#include "kernels/detail/fp8_tile.cuh"
+#include "kernels/detail/group.cuh"
+#include "kernels/elementwise.h"
+
+namespace dsv3::kernels::cuda {
+namespace {
+
+using detail::kGroupBlock;
+using detail::kVector;
+using detail::kWarp;
+using detail::Packed;
+
+constexpr int kVectors = 4;
+constexpr int kScalarThreads = 256;
+
+/// Writes y = normalised · weight, and its FP8 form. All lanes of a warp come here together; those
+/// without an element (`exists` false) only lend their share of the maximum.
+template <typename T, bool kFp8>
+__device__ __forceinline__ void write_vector(const RmsNormForward& p, const Packed<T>& x,
+                                             float inv_rms, const void* weight, void* y,
+                                             int64_t row, int64_t column, bool exists) {
+  Packed<T> out;
+  out.clear();
+  if (exists) {
+    Packed<T> w;
+    w.load(static_cast<const T*>(weight) + column);
+    float v[kVector];
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = x.at(e) * (inv_rms * w.at(e));
+    out.set(v);
+    if (y != nullptr) out.store(static_cast<T*>(y) + row * p.hidden + column);
+  }
+  if constexpr (kFp8) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) amax = fmaxf(amax, fabsf(out.at(e)));
+    const auto scale = kernels::detail::tile_scale(detail::half_warp_max(amax), p.rule);
+    if (!exists) return;
+    const uint2 codes = detail::encode8([&](int e) { return out.at(e); }, scale.inverse);
+    *reinterpret_cast<uint2*>(p.quantized.data + row * p.hidden + column) = codes;
+    if (column % kFp8Tile == 0) {
+      p.quantized.scales[column / kFp8Tile * p.quantized.scale_stride + row] = scale.scale;
+    }
+  }
+}
+
+/// kExtra: a second norm, FP8, or both.
+template <typename T, int kGroup, bool kResidual, bool kExtra>
+__global__ void __launch_bounds__(kGroupBlock<kGroup>) forward_kernel(RmsNormForward p) {
+  __shared__ float shared[kGroupBlock<kGroup> / kWarp];
+  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
+  const int lane = threadIdx.x % kGroup;
+  const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kGroup;
+  const bool active = row < p.num_tokens;
+  const int64_t vectors = active ? p.hidden / kVector : 0;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  Packed<T> v[kVectors], r[kResidual ? kVectors : 1];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t c = lane + i * kGroup;
+    v[i].clear();
+    if (c < vectors) v[i].load_once(x + c * kVector);
+    if constexpr (kResidual) {
+      const T* residual = static_cast<const T*>(p.residual) + row * p.hidden;
+      r[i].clear();
+      if (c < vectors) r[i].load_once(residual + c * kVector);
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if constexpr (kResidual) {
+      float sum[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) sum[e] = v[i].at(e) + r[i].at(e);
+      v[i].set(sum);
+      const int64_t c = lane + i * kGroup;
+      if (c < vectors) v[i].store(static_cast<T*>(p.sum) + row * p.hidden + c * kVector);
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
+  }
+  squares = detail::group_sum<kGroup>(squares, shared);
+  const float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+  if (active && lane == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t c = lane + i * kGroup;
+    const bool exists = c < vectors;
+    if (kExtra && p.quantized.data != nullptr) {
+      write_vector<T, true>(p, v[i], inv_rms, p.weight, p.y, row, c * kVector, exists);
+    } else {
+      write_vector<T, false>(p, v[i], inv_rms, p.weight, p.y, row, c * kVector, exists);
+    }
+    if (kExtra && p.second_weight != nullptr) {
+      write_vector<T, false>(p, v[i], inv_rms, p.second_weight, p.second_y, row, c * kVector,
+                             exists);
+    }
+  }
+}
+
+/// One row's FP8 form by a block: a warp per tile, 4 elements a lane.
+template <typename T>
+__device__ void quantize_row(const RmsNormForward& p, const T* x, float inv_rms, int64_t row) {
+  const int lane = threadIdx.x % kWarp;
+  const T* weight = static_cast<const T*>(p.weight);
+  for (int64_t tile = threadIdx.x / kWarp; tile * kFp8Tile < p.hidden;
+       tile += kScalarThreads / kWarp) {
+    float v[4], amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t d = tile * kFp8Tile + lane + i * kWarp;
+      v[i] = 0.0f;
+      if (d < p.hidden) {
+        const float y = detail::to_float(x[d]) * (inv_rms * detail::to_float(weight[d]));
+        v[i] = detail::to_float(detail::from_float<T>(y));
+      }
+      amax = fmaxf(amax, fabsf(v[i]));
+    }
+    const auto scale = kernels::detail::tile_scale(detail::warp_max(amax), p.rule);
+    if (lane == 0) p.quantized.scales[tile * p.quantized.scale_stride + row] = scale.scale;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t d = tile * kFp8Tile + lane + i * kWarp;
+      const uint32_t code = detail::encode4(__fmul_rn(v[i], scale.inverse), 0.0f, 0.0f, 0.0f);
+      if (d < p.hidden) p.quantized.data[row * p.hidden + d] = static_cast<uint8_t>(code);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormForward p) {
+  __shared__ float shared[kScalarThreads / kWarp];
+  const int64_t row = blockIdx.x;
+  const T* normalised = static_cast<const T*>(p.x) + row * p.x_stride;
+  if (p.residual != nullptr) {
+    const T* residual = static_cast<const T*>(p.residual) + row * p.hidden;
+    T* sum = static_cast<T*>(p.sum) + row * p.hidden;
+    for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
+      sum[d] =
+          detail::from_float<T>(detail::to_float(normalised[d]) + detail::to_float(residual[d]));
+    }
+    __syncthreads();
+    normalised = sum;
+  }
+  float squares = 0.0f;
+  for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
+    const float v = detail::to_float(normalised[d]);
+    squares = fmaf(v, v, squares);
+  }
+  squares = detail::group_sum<kScalarThreads>(squares, shared);
+  const float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+  if (threadIdx.x == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
+  const auto write = [&](const void* weight, void* y) {
+    if (y == nullptr) return;
+    for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
+      const float w = detail::to_float(static_cast<const T*>(weight)[d]);
+      static_cast<T*>(y)[row * p.hidden + d] =
+          detail::from_float<T>(detail::to_float(normalised[d]) * (inv_rms * w));
+    }
+  };
+  write(p.weight, p.y);
+  write(p.second_weight, p.second_y);
+  if (p.quantized.data != nullptr) quantize_row(p, normalised, inv_rms, row);
+}
+
+template <typename T, bool kExtra>
+bool launch_vectorised(const RmsNormForward& p, cudaStream_t stream) {
+  return detail::dispatch_group(p.hidden / kVector, kVectors, [&](auto group) {
+    constexpr int kGroup = decltype(group)::value, kBlock = kGroupBlock<kGroup>;
+    constexpr int kRows = kBlock / kGroup;
+    const auto grid = static_cast<unsigned>((p.num_tokens + kRows - 1) / kRows);
+    if (p.residual != nullptr) {
+      forward_kernel<T, kGroup, true, kExtra><<<grid, kBlock, 0, stream>>>(p);
+    } else {
+      forward_kernel<T, kGroup, false, kExtra><<<grid, kBlock, 0, stream>>>(p);
+    }
+  });
+}
+
+}  // namespace
+
+void rms_norm_forward(const RmsNormForward& p, Stream stream) {
+  if (p.num_tokens == 0) return;
+  const cudaStream_t on = detail::cuda_stream(stream);
+  bool vectorised = p.hidden % kVector == 0 && p.x_stride % kVector == 0;
+  for (const void* pointer :
+       {p.x, p.residual, p.weight, p.second_weight, static_cast<const void*>(p.sum),
+        static_cast<const void*>(p.y), static_cast<const void*>(p.second_y),
+        static_cast<const void*>(p.quantized.data)}) {
+    vectorised = vectorised && detail::aligned16(pointer);
+  }
+  const bool extra = p.second_weight != nullptr || p.quantized.data != nullptr;
+  detail::dispatch_float("rms_norm", p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool done = vectorised && (extra ? launch_vectorised<T, true>(p, on)
+                                           : launch_vectorised<T, false>(p, on));
+    if (!done) {
+      forward_scalar_kernel<T><<<static_cast<unsigned>(p.num_tokens), kScalarThreads, 0, on>>>(p);
+    }
+  });
+  detail::check_launch("rms_norm");
+}
+
+}  // namespace dsv3::kernels::cuda
