@@ -112,7 +112,13 @@ def main():
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(
             shape, dtype=dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype], attn_implementation="sdpa").train()
-    forward = torch.compile(model, dynamic=False) if args.compile else model
+
+    def loss_of(ids):
+        logits = model(input_ids=ids[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    if args.compile:
+        loss_of = torch.compile(loss_of, dynamic=False)
     fused = args.device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(optimizer_config["beta1"], optimizer_config["beta2"]),
                                   eps=float(optimizer_config["eps"]), weight_decay=optimizer_config["weight_decay"], fused=fused or None)
@@ -137,8 +143,7 @@ def main():
                 first = torch.randint(0, len(train) - sequence_length, (micro_batch, 1), generator=generator)
                 ids = train[first + torch.arange(sequence_length + 1)]
             ids = ids.to(args.device)
-            logits = forward(input_ids=ids[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            loss = loss_of(ids)
             (loss * micro_batch / global_batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_config["clip"])
         optimizer.step()
