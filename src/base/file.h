@@ -3,9 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
+
+#include "base/hash.h"
 
 namespace dsv3 {
 
@@ -18,6 +21,19 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view b
 
 /// fsyncs a directory, so that what was created or renamed in it stays. Throws IoError.
 void sync_directory(const std::filesystem::path& directory);
+
+/// fsyncs a file that others wrote. Throws IoError.
+void sync_file(const std::filesystem::path& path);
+
+/// Puts the finished directory `temporary` in the place of `directory` in one step and syncs the
+/// parent; what stood there before (if anything) is then removed. Throws IoError: `directory` is
+/// then as before.
+void put_directory_in_place(const std::filesystem::path& temporary,
+                            const std::filesystem::path& directory);
+
+/// Bytes that an ordinary user may still write to the file system of `path` (which must exist).
+/// Throws IoError.
+uint64_t free_disk_bytes(const std::filesystem::path& path);
 
 /// A file mapped read-only into memory. Throws IoError when it cannot be opened or mapped.
 class MappedFile {
@@ -51,9 +67,33 @@ class AtomicFile {
   /// fsync, rename, fsync of the directory. Throws IoError.
   void commit();
 
+  /// Of what was written so far: bytes, and their XXH3.
+  uint64_t size() const { return size_; }
+  uint64_t checksum() const { return hash_.digest(); }
+
  private:
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
+  uint64_t size_ = 0;
+  StreamingHash hash_;
+};
+
+/// What writing a file asks of the system.
+enum class FileAction : uint8_t { kCreate, kWrite, kSync, kRename };
+
+/// A disk that fails, for tests: while it lives, `fault` is asked before each action of this header
+/// that changes a file or directory, from whatever thread; an errno other than 0 makes the action
+/// fail as if the system had said so. One at a time.
+class FileFault {
+ public:
+  using Fault = std::function<int(FileAction action, const std::filesystem::path& path)>;
+  explicit FileFault(Fault fault);
+  ~FileFault();
+  FileFault(const FileFault&) = delete;
+  FileFault& operator=(const FileFault&) = delete;
+
+ private:
+  Fault fault_;
 };
 
 }  // namespace dsv3

@@ -11,8 +11,12 @@
 
 #include "base/bfloat16.h"
 #include "base/error.h"
+#include "checkpoint/strict_json.h"
 
 namespace dsv3 {
+
+using detail::broken, detail::is_file_name, detail::parse_strictly, detail::shown;
+
 namespace {
 
 using Json = nlohmann::json;
@@ -39,45 +43,6 @@ constexpr std::array<TypeInfo, 15> kTypes = {{{"BOOL", 1},
                                               {"F64", 8},
                                               {"I64", 8},
                                               {"U64", 8}}};
-
-template <typename... Args>
-[[noreturn]] void broken(const std::filesystem::path& path, fmt::format_string<Args...> format,
-                         Args&&... args) {
-  throw IoError(
-      fmt::format("{}: {}", path.string(), fmt::format(format, std::forward<Args>(args)...)));
-}
-
-/// Untrusted names in messages: cut and without control characters.
-std::string shown(std::string_view name) {
-  std::string result(name.substr(0, 120));
-  for (char& c : result) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-  }
-  if (name.size() > result.size()) result += "…";
-  return result;
-}
-
-/// Parses JSON that a stranger wrote: bounded depth, no repeated keys, no exception but IoError.
-Json parse_strictly(std::string_view text, const std::filesystem::path& path, const char* what) {
-  std::vector<std::set<std::string>> keys;
-  const auto check = [&](int depth, Json::parse_event_t event, Json& value) {
-    if (depth > 8) broken(path, "{} is nested too deeply", what);
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key) {
-      const auto& key = value.get_ref<const std::string&>();
-      if (!keys.back().insert(key).second) {
-        broken(path, "{} names '{}' twice", what, shown(key));
-      }
-    }
-    return true;
-  };
-  try {
-    return Json::parse(text, check);
-  } catch (const Json::exception& error) {
-    broken(path, "{} is not valid JSON ({})", what, shown(error.what()));
-  }
-}
 
 StoredType parse_type(const Json& value, const std::filesystem::path& path,
                       const std::string& name) {
@@ -198,20 +163,21 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path
   check_coverage(tensors_, data, path);
 }
 
-WeightFiles::WeightFiles(const std::filesystem::path& directory) : directory_(directory) {
+WeightFiles::WeightFiles(const std::filesystem::path& directory, const std::string& stem)
+    : directory_(directory) {
   if (!std::filesystem::is_directory(directory)) {
     throw IoError(fmt::format("{} is not a directory", directory.string()));
   }
-  const auto index = directory / "model.safetensors.index.json";
-  const auto single = directory / "model.safetensors";
+  const auto index = directory / (stem + ".safetensors.index.json");
+  const auto single = directory / (stem + ".safetensors");
   if (std::filesystem::exists(index)) {
     open_shards(index);
   } else if (std::filesystem::exists(single)) {
     files_.push_back(std::make_unique<SafetensorsFile>(single));
     for (const StoredTensor& tensor : files_.back()->tensors()) add(*files_.back(), tensor);
   } else {
-    throw IoError(fmt::format("{} holds neither model.safetensors nor model.safetensors.index.json",
-                              directory.string()));
+    throw IoError(fmt::format("{} holds neither {}.safetensors nor {}.safetensors.index.json",
+                              directory.string(), stem, stem));
   }
 }
 
@@ -224,8 +190,7 @@ void WeightFiles::open_shards(const std::filesystem::path& index) {
   for (const auto& [name, file] : json["weight_map"].items()) {
     if (!file.is_string()) broken(index, "tensor '{}': its file is not a string", shown(name));
     const auto& shard = file.get_ref<const std::string&>();
-    if (shard.empty() || shard == "." || shard == ".." ||
-        shard.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
+    if (!is_file_name(shard)) {
       broken(index, "tensor '{}': '{}' is not a file name inside the directory", shown(name),
              shown(shard));
     }

@@ -67,12 +67,12 @@ class SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-/// The tensors of a checkpoint directory: `model.safetensors.index.json` with its shards, or
-/// `model.safetensors`. Throws IoError when neither is there, a shard is missing, the index names a
+/// The tensors of a checkpoint directory: `STEM.safetensors.index.json` with its shards, or
+/// `STEM.safetensors`. Throws IoError when neither is there, a shard is missing, the index names a
 /// file outside the directory, or index and shards disagree.
 class WeightFiles {
  public:
-  explicit WeightFiles(const std::filesystem::path& directory);
+  explicit WeightFiles(const std::filesystem::path& directory, const std::string& stem = "model");
 
   /// Null when there is no such tensor.
   const StoredTensor* find(const std::string& name) const;
@@ -123,6 +123,10 @@ class SafetensorsWriter {
   void write(std::span<const std::byte> bytes);
   /// Throws std::logic_error when tensors are still missing, IoError when the disk fails.
   void commit();
+
+  /// Of the whole file, header included, as far as it is written.
+  uint64_t size() const { return file_.size(); }
+  uint64_t checksum() const { return file_.checksum(); }
 
  private:
   std::vector<TensorPlan> tensors_;

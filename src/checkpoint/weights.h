@@ -39,11 +39,4 @@ struct SaveOptions {
 void save_weights(const std::filesystem::path& directory, const ParameterSet& parameters,
                   const ModelConfig& model, const SaveOptions& options = {});
 
-/// RUN/checkpoints/step_N.
-std::filesystem::path checkpoint_directory(const std::filesystem::path& run, int64_t step);
-
-/// The checkpoint of the highest step in RUN/checkpoints; half-written ones are never seen. Throws
-/// std::invalid_argument when there is none.
-std::filesystem::path latest_checkpoint(const std::filesystem::path& run);
-
 }  // namespace dsv3

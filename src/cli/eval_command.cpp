@@ -25,7 +25,7 @@ struct EvalArguments {
   std::string directory, tokens, logits, dtype, device = "auto", tokenizer, document_split;
   std::vector<std::string> data;
   int64_t sequence_length = 0, batch_size = 8, threads = 0;
-  bool json = false;
+  bool json = false, averaged = false;
 };
 
 constexpr const char* kExamples = R"(Examples:
@@ -164,6 +164,7 @@ void run_eval(const EvalArguments& arguments) {
   } else if (arguments.dtype == "bf16") {
     options.dtype = DType::kBF16;
   }
+  options.averaged = arguments.averaged;
   const OpenedModel opened = open_model(arguments.directory, options);
   wants_logits ? write_logits(opened, arguments) : evaluate_data(opened, arguments);
 }
@@ -203,6 +204,8 @@ void add_eval_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--threads", arguments->threads, "CPU threads (0 = all cores)")
       ->check(CLI::NonNegativeNumber);
+  command->add_flag("--ema", arguments->averaged,
+                    "The weights' moving average instead of the weights (training.ema)");
   command->add_flag("--json", arguments->json, "Print one JSON object");
   command->callback([arguments] { run_eval(*arguments); });
 }

@@ -21,7 +21,7 @@ struct GenerateArguments {
   int64_t max_tokens = 200, threads = 0;
   uint64_t seed = 1;
   SamplingOptions sampling{.temperature = 0.8, .top_k = 0, .top_p = 0.95};
-  bool no_prompt = false;
+  bool no_prompt = false, averaged = false;
 };
 
 constexpr const char* kExamples = R"(Examples:
@@ -34,6 +34,7 @@ The text goes to stdout as it is made, the summary to stderr. The same seed give
 OpenedModel open(const GenerateArguments& arguments) {
   OpenOptions options;
   options.device = choose_device(arguments.device);
+  options.averaged = arguments.averaged;
   if (arguments.dtype == "fp32") options.dtype = DType::kF32;
   if (arguments.dtype == "bf16") options.dtype = DType::kBF16;
   return open_model(arguments.directory, options);
@@ -130,6 +131,8 @@ void add_generate_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seed", arguments->seed, "Seed of the draws")->capture_default_str();
   command->add_flag("--no-prompt", arguments->no_prompt, "Do not print the prompt before the text");
+  command->add_flag("--ema", arguments->averaged,
+                    "The weights' moving average instead of the weights (training.ema)");
   command->add_option("--tokenizer", arguments->tokenizer, "Tokenizer (default: the run's)");
   command->add_option("--dtype", arguments->dtype, "Precision (default: the model's own)")
       ->check(CLI::IsMember({"fp32", "bf16"}));

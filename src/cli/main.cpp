@@ -28,10 +28,12 @@ constexpr const char* kExamples = R"(Examples:
   dsv3 train configs/deepseek_v3_tiny.yaml model.num_layers=6 --out runs/first
   dsv3 generate runs/first --prompt "In the beginning"
   dsv3 eval runs/first data/kjv.txt
+  dsv3 train runs/first                            go on with a run that was stopped or killed
+  dsv3 checkpoint verify runs/first                what it saved, and whether every byte is right
 
 `dsv3 COMMAND --help` says more about one of them.
 Exit codes: 0 done; 1 a file, a device or memory failed; 2 the command line or the config is wrong;
-130 stopped by Ctrl-C.)";
+130 stopped by Ctrl-C, 143 by SIGTERM.)";
 
 /// Levenshtein distance, for the "did you mean" of a mistyped command.
 size_t edit_distance(std::string_view a, std::string_view b) {
@@ -74,6 +76,7 @@ void add_commands(CLI::App& app) {
   add_train_command(app);
   add_config_command(app);
   add_plan_command(app);
+  add_checkpoint_command(app);
   add_eval_command(app);
   add_generate_command(app);
   add_data_command(app);

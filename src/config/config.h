@@ -135,6 +135,22 @@ struct DataConfig {
 
 enum class Recompute : uint8_t { kNone, kSelective, kFull };
 
+/// Losses that stand out of those before them (training/loss_spike.h).
+struct SpikeConfig {
+  int64_t window = 100;    // steps that a loss is held against; 0 = no watch
+  double threshold = 8.0;  // robust z-score beyond which a loss is a spike, > 0
+  bool skip = false;       // skip the step of a spike instead of only reporting it
+  bool operator==(const SpikeConfig&) const = default;
+};
+
+/// Exponential moving average of the parameters in host memory (training/ema.h).
+struct EmaConfig {
+  double decay = 0;       // per optimizer step, 0 <= decay < 1; 0 = no average
+  int64_t every = 1;      // steps between updates
+  bool evaluate = false;  // evaluate the average too
+  bool operator==(const EmaConfig&) const = default;
+};
+
 struct TrainingConfig {
   int64_t steps = 1000;          // optimizer steps
   int64_t micro_batch_size = 1;  // sequences per forward
@@ -152,6 +168,9 @@ struct TrainingConfig {
   int64_t num_threads = 0;                 // CPU threads; 0 = all cores
   std::string sample_prompt = "";          // text that the sample at the end continues
   int64_t sample_tokens = 200;             // length of that sample; 0 = none
+  int64_t max_skipped_steps = 10;          // in a row; then the run stops
+  SpikeConfig spike;
+  EmaConfig ema;
   bool operator==(const TrainingConfig&) const = default;
 };
 
@@ -171,8 +190,10 @@ struct OptimizerConfig {
 };
 
 struct CheckpointConfig {
-  int64_t every_steps = 0;  // 0 = only at the end
-  int64_t keep_last = 2;
+  int64_t every_steps = 0;   // 0 = not by steps
+  double every_minutes = 0;  // since the last save; 0 = not by time
+  int64_t keep_last = 2;     // newest checkpoints that are kept
+  int64_t keep_every = 0;    // steps; checkpoints of its multiples are kept for good; 0 = none
   bool operator==(const CheckpointConfig&) const = default;
 };
 
@@ -184,6 +205,18 @@ struct MonitorConfig {
   bool operator==(const MonitorConfig&) const = default;
 };
 
+/// Steps [first, last], counted from 1; first 0 = none.
+struct StepRange {
+  int64_t first = 0;
+  int64_t last = 0;
+  bool operator==(const StepRange&) const = default;
+};
+
+struct ProfileConfig {
+  StepRange steps;  // recorded into RUN/profile
+  bool operator==(const ProfileConfig&) const = default;
+};
+
 struct Config {
   ModelConfig model;
   ParallelConfig parallel;
@@ -192,6 +225,7 @@ struct Config {
   OptimizerConfig optimizer;
   CheckpointConfig checkpoint;
   MonitorConfig monitor;
+  ProfileConfig profile;
   bool operator==(const Config&) const = default;
 };
 

@@ -101,6 +101,10 @@ std::string print_value(const Field& field, Config& config, int indent) {
     return std::string(field.choices[*choice->index]);
   if (const auto* schedule = std::get_if<Schedule*>(&slot))
     return print_schedule(**schedule, indent);
+  if (const auto* range = std::get_if<StepRange*>(&slot)) {
+    const StepRange& steps = **range;
+    return steps.first == 0 ? "[]" : fmt::format("[{}, {}]", steps.first, steps.last);
+  }
   return print_sources(*std::get<std::vector<DataSource>*>(slot), indent);
 }
 

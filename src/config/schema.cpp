@@ -115,6 +115,9 @@ Slot slot_of(Schedule& value) {
 Slot slot_of(std::vector<DataSource>& value) {
   return &value;
 }
+Slot slot_of(StepRange& value) {
+  return &value;
+}
 }  // namespace detail
 
 bool Range::contains(double value) const {
@@ -151,8 +154,9 @@ bool is_section(std::string_view path) {
 }
 
 std::string kind_of(const Field& field) {
-  static constexpr const char* kKinds[] = {"integer", "number",   "true or false", "text",
-                                           "word",    "schedule", "list of paths"};
+  static constexpr const char* kKinds[] = {
+      "integer", "number",   "true or false", "text",
+      "word",    "schedule", "list of paths", "pair of integers"};
   Config any;
   const bool word = !field.choices.empty();
   return word ? "word" : kKinds[field.slot(any).index()];

@@ -21,7 +21,7 @@ struct Choice {
 
 /// A field of a Config by its kind.
 using Slot = std::variant<int64_t*, double*, bool*, std::string*, Choice, Schedule*,
-                          std::vector<DataSource>*>;
+                          std::vector<DataSource>*, StepRange*>;
 
 inline constexpr double kUnlimited = std::numeric_limits<double>::infinity();
 
@@ -81,6 +81,7 @@ Slot slot_of(bool& value);
 Slot slot_of(std::string& value);
 Slot slot_of(Schedule& value);
 Slot slot_of(std::vector<DataSource>& value);
+Slot slot_of(StepRange& value);
 template <typename Enum>
 requires std::is_enum_v<Enum> Slot slot_of(Enum& value) {
   static_assert(sizeof(Enum) == 1);

@@ -1,4 +1,4 @@
-// The keys of `parallel`, `data`, `training`, `optimizer`, `checkpoint` and `monitor`.
+// The keys of `parallel`, `data`, `training`, `optimizer`, `checkpoint`, `monitor` and `profile`.
 #include "config/schema.h"
 
 namespace dsv3::detail {
@@ -139,6 +139,33 @@ constexpr Field kRun[] = {
      "tokens",
      "length of that sample; 0 = none",
      {0, 1e9}},
+    {"training.max_skipped_steps",
+     DSV3_SLOT(training.max_skipped_steps),
+     "steps",
+     "skipped steps (NaN, infinity or a spike) in a row after which the run stops",
+     {1, 1e9}},
+    {"training.spike.window",
+     DSV3_SLOT(training.spike.window),
+     "steps",
+     "losses of earlier steps that a loss is held against; 0 = no watch for spikes",
+     {0, 1e6}},
+    {"training.spike.threshold",
+     DSV3_SLOT(training.spike.threshold),
+     "σ",
+     "robust z-score beyond which a loss is a spike, which is reported",
+     {.min = 0, .max = 1e9, .above_min = true}},
+    {"training.spike.skip", DSV3_SLOT(training.spike.skip), "",
+     "also skip the step; decided on the device from the losses up to two steps before"},
+    {"training.ema.decay", DSV3_SLOT(training.ema.decay), "",
+     "per step, of the parameters' moving average in host memory (report §3.2.2); 0 = no average",
+     kBeta},
+    {"training.ema.every",
+     DSV3_SLOT(training.ema.every),
+     "steps",
+     "steps between its updates, whose decay is then decay^every",
+     {1, 1e9}},
+    {"training.ema.evaluate", DSV3_SLOT(training.ema.evaluate), "",
+     "evaluate the average too, as eval/ema_loss"},
 
     {"optimizer.learning_rate", DSV3_SLOT(optimizer.learning_rate), "", "step size of AdamW",
      kNotNegative},
@@ -175,12 +202,16 @@ constexpr Field kRun[] = {
      "step"},
 
     {"checkpoint.every_steps", DSV3_SLOT(checkpoint.every_steps), "steps",
-     "steps between checkpoints; 0 = only at the end", kCount},
+     "steps between checkpoints; 0 = not by steps; there is always one at the end", kCount},
+    {"checkpoint.every_minutes", DSV3_SLOT(checkpoint.every_minutes), "minutes",
+     "time between checkpoints, also beside every_steps; 0 = not by time", kNotNegative},
     {"checkpoint.keep_last",
      DSV3_SLOT(checkpoint.keep_last),
      "checkpoints",
-     "checkpoints that are kept",
+     "newest checkpoints that are kept",
      {1, 1e9}},
+    {"checkpoint.keep_every", DSV3_SLOT(checkpoint.keep_every), "steps",
+     "checkpoints of every multiple of this are kept for good; 0 = none", kCount},
 
     {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "",
      "write TensorBoard event files to RUN/tensorboard/"},
@@ -191,6 +222,9 @@ constexpr Field kRun[] = {
     {"monitor.per_layer_every", DSV3_SLOT(monitor.per_layer_every), "steps",
      "steps between records that hold every layer's routing and every expert's tokens; 0 = none",
      kCount},
+
+    {"profile.steps", DSV3_SLOT(profile.steps), "steps",
+     "[FIRST, LAST]: record these steps as a Chrome trace in RUN/profile; empty = none"},
 };
 
 }  // namespace

@@ -61,6 +61,24 @@ bool read_text(const Node& node, std::string_view key, const Field& field, std::
   return true;
 }
 
+/// [first, last]; [] and null are none.
+bool read_step_range(const Node& node, std::string_view key, StepRange& range, Issues& issues) {
+  if (node.is_null() || (node.is_sequence() && node.items.empty())) {
+    range = {};
+    return true;
+  }
+  std::optional<int64_t> ends[2];
+  if (node.is_sequence() && node.items.size() == 2)
+    for (size_t i = 0; i < 2; ++i) {
+      const Node& item = node.items[i];
+      if (item.is_scalar() && !item.quoted) ends[i] = parse_integer(item.text);
+    }
+  if (!ends[0] || !ends[1] || *ends[0] < 1 || *ends[1] < *ends[0])
+    return wrong(node, key, issues, "[FIRST, LAST] with 1 <= FIRST <= LAST");
+  range = {*ends[0], *ends[1]};
+  return true;
+}
+
 bool read_source(const Node& node, std::string_view key, DataSource& source, Issues& issues) {
   if (node.is_scalar() && !node.is_null()) {
     source.path = node.text;
@@ -201,6 +219,8 @@ bool read_value(const Node& node, std::string_view key, const Field& field, Conf
     *choice->index = static_cast<uint8_t>(index);
     return true;
   }
+  if (const auto* range = std::get_if<StepRange*>(&slot))
+    return read_step_range(node, key, **range, issues);
   return read_sources(node, key, *std::get<std::vector<DataSource>*>(slot), issues);
 }
 

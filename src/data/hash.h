@@ -1,26 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
+
+#include "base/hash.h"
 
 namespace dsv3 {
-
-/// XXH3 of bytes, 64 bits; the same on every machine.
-uint64_t hash_bytes(std::string_view bytes, uint64_t seed);
-
-/// XXH3 of bytes that arrive in parts.
-class StreamingHash {
- public:
-  StreamingHash();
-  ~StreamingHash();
-  StreamingHash(const StreamingHash&) = delete;
-  StreamingHash& operator=(const StreamingHash&) = delete;
-  void update(const void* data, size_t size);
-  uint64_t digest() const;
-
- private:
-  void* state_;
-};
 
 /// One well-mixed 64-bit value for each (seed, index): the finaliser of splitmix64 (Steele et al.
 /// 2014) over a Weyl sequence. Random access, so that nothing depends on how many values were

@@ -111,7 +111,7 @@ void Loader::open_sources(const DataConfig& data, const LoaderOptions& options) 
     packing.seed = hash_index(static_cast<uint64_t>(options.seed), i);
     sources_.push_back(
         {std::make_unique<PackedStream>(std::move(documents), subset, *tokenizer_, packing),
-         sources[i].weight});
+         sources[i].weight, sources[i].path});
     weights += sources[i].weight;
   }
   require(!sources_.empty(), "data: no source has a document to hold out; validation_every is {}",
@@ -155,6 +155,7 @@ Batch Loader::next(int64_t num_sequences) {
   const auto size = static_cast<size_t>(num_sequences * sequence_length_);
   for (auto* values : {&batch.tokens, &batch.labels, &batch.positions, &batch.documents})
     values->resize(size);
+  batch.origins.resize(static_cast<size_t>(num_sequences));
   for (int64_t row = 0; row < num_sequences; ++row)
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
       const bool mine = rank == rank_;
@@ -162,12 +163,27 @@ Batch Loader::next(int64_t num_sequences) {
         if (mine) append_padding(*tokenizer_, sequence_length_, batch, row);
       } else {
         const size_t source = pick_source();
-        if (mine) sources_[source].stream->fill(state_.source_samples[source], batch, row);
+        if (mine) {
+          sources_[source].stream->fill(state_.source_samples[source], batch, row);
+          batch.origins[static_cast<size_t>(row)] = {static_cast<int32_t>(source),
+                                                     state_.source_samples[source]};
+        }
         ++state_.source_samples[source];
         ++state_.next_sample;
       }
     }
   return batch;
+}
+
+std::string Loader::describe(const SampleOrigin& origin) const {
+  if (origin.source < 0) return "padding";
+  const Source& source = sources_[static_cast<size_t>(origin.source)];
+  const auto& stream = *source.stream;
+  std::string text = fmt::format("{} sample {}:", source.path, origin.index);
+  for (const auto& span : stream.spans(origin.index))
+    text += fmt::format(" {}[{}:{}]", stream.subset()(span.document), span.offset,
+                        span.offset + span.count);
+  return text;
 }
 
 void Loader::restore(const State& state) {

@@ -67,6 +67,10 @@ class Loader {
   /// id outside the tokenizer's vocabulary.
   Batch next(int64_t num_sequences);
 
+  /// Where a sequence of a batch came from: "SOURCE sample I: DOCUMENT[BEGIN:END] …", with the
+  /// index of each document in the source and the tokens of it that are labels, END not included.
+  std::string describe(const SampleOrigin& origin) const;
+
   State state() const { return state_; }
   /// Continues exactly where `state` was taken. Throws std::invalid_argument when it was taken from
   /// other data or other settings.
@@ -94,7 +98,8 @@ class Loader {
  private:
   struct Source {
     std::unique_ptr<PackedStream> stream;
-    double share = 0;  // of the blend; all sum to 1
+    double share = 0;       // of the blend; all sum to 1
+    std::string path = {};  // as data.train names it
   };
   void open_sources(const DataConfig& data, const LoaderOptions& options);
   size_t pick_source() const;

@@ -168,61 +168,71 @@ const PackedStream::Epoch& PackedStream::epoch(int64_t number) const {
   return *epoch_;
 }
 
+/// Which sequence of its epoch's stream sample `index` is.
+int64_t PackedStream::sequence_of(int64_t index) const {
+  const int64_t sequence = index % num_samples_;
+  if (!options_.shuffle) return sequence;
+  const uint64_t seed = hash_index(options_.seed ^ kSequenceStream,
+                                   static_cast<uint64_t>(epoch(index / num_samples_).number));
+  return static_cast<int64_t>(
+      Permutation(static_cast<uint64_t>(num_samples_), seed)(static_cast<uint64_t>(sequence)));
+}
+
+std::vector<PackedStream::Span> PackedStream::spans(int64_t index) const {
+  const Epoch& epoch = this->epoch(index / num_samples_);
+  const int64_t length = options_.sequence_length;
+  int64_t at = sequence_of(index) * (length - options_.overlap);
+  auto place =
+      std::upper_bound(epoch.starts.begin(), epoch.starts.end(), at) - epoch.starts.begin() - 1;
+  std::vector<Span> spans;
+  for (int64_t t = 0; t < length; ++place) {
+    if (place == num_documents_) {
+      if (!options_.wrap) break;
+      place = 0;
+      at = 0;
+    }
+    const auto p = static_cast<size_t>(place);
+    const int64_t take = std::min(length - t, epoch.starts[p + 1] - at);
+    spans.push_back({epoch.document(place), at - epoch.starts[p], take});
+    t += take, at += take;
+  }
+  return spans;
+}
+
 void PackedStream::fill(int64_t index, Batch& batch, int64_t row) const {
   const int64_t length = options_.sequence_length;
-  const Epoch& epoch = this->epoch(index / num_samples_);
-  int64_t sequence = index % num_samples_;
-  if (options_.shuffle) {
-    const uint64_t seed =
-        hash_index(options_.seed ^ kSequenceStream, static_cast<uint64_t>(epoch.number));
-    sequence = static_cast<int64_t>(
-        Permutation(static_cast<uint64_t>(num_samples_), seed)(static_cast<uint64_t>(sequence)));
-  }
   const auto base = static_cast<size_t>(row * length);
   int32_t* tokens = batch.tokens.data() + base;
   int32_t* labels = batch.labels.data() + base;
   int32_t* positions = batch.positions.data() + base;
   int32_t* documents = batch.documents.data() + base;
 
-  // Label t of the row is stream token `first + t`; the token before it is its input.
-  const int64_t first = sequence * (length - options_.overlap);
+  // Label t of the row is a token of the stream; the token before it is its input. With a mask, a
+  // sequence that begins within a document begins at position 0 there.
   const int32_t end_of_document = tokenizer_.specials().end_of_document;
-  int64_t at = first;
+  int64_t t = 0;
   int32_t document = 0;
-  auto place =
-      std::upper_bound(epoch.starts.begin(), epoch.starts.end(), first) - epoch.starts.begin() - 1;
-  // With a mask, a sequence that begins within a document begins at position 0 there.
-  for (int64_t t = 0; t < length; ++document) {
-    if (place == num_documents_) {
-      if (!options_.wrap) {
-        for (; t < length; ++t) {
-          tokens[t] = tokenizer_.specials().pad;
-          labels[t] = kIgnoreLabelId;
-          positions[t] = static_cast<int32_t>(options_.mask_across_documents ? 0 : t);
-          documents[t] = document;
-        }
-        break;
-      }
-      place = 0;
-      at = 0;
-    }
-    const auto p = static_cast<size_t>(place);
-    const int64_t i = epoch.document(place), skip = at - epoch.starts[p];
-    const int64_t take = std::min(length - t, epoch.starts[p + 1] - at);
-    read_packed(i, skip, take, labels + t);
-    if (skip == 0) {
+  for (const Span& span : spans(index)) {
+    read_packed(span.document, span.offset, span.count, labels + t);
+    if (span.offset == 0) {
       tokens[t] = end_of_document;
     } else {
-      read_packed(i, skip - 1, 1, tokens + t);
+      read_packed(span.document, span.offset - 1, 1, tokens + t);
     }
-    std::copy_n(labels + t, take - 1, tokens + t + 1);
-    for (int64_t k = 0; k < take; ++k) {
+    std::copy_n(labels + t, span.count - 1, tokens + t + 1);
+    for (int64_t k = 0; k < span.count; ++k) {
       positions[t + k] = static_cast<int32_t>(options_.mask_across_documents ? k : t + k);
       documents[t + k] = document;
     }
-    t += take, at += take, ++place;
+    t += span.count, ++document;
   }
-  if (sequence > 0) std::fill_n(labels, options_.overlap, kIgnoreLabelId);
+  for (; t < length; ++t) {
+    tokens[t] = tokenizer_.specials().pad;
+    labels[t] = kIgnoreLabelId;
+    positions[t] = static_cast<int32_t>(options_.mask_across_documents ? 0 : t);
+    documents[t] = document;
+  }
+  if (sequence_of(index) > 0) std::fill_n(labels, options_.overlap, kIgnoreLabelId);
 }
 
 std::vector<int32_t> PackedStream::packed_document(int64_t i) const {

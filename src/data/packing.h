@@ -65,6 +65,16 @@ class PackedStream {
   /// Sequences of one epoch.
   int64_t num_samples() const { return num_samples_; }
 
+  /// Part of one sequence: labels [0, count) of it are tokens offset … of a document.
+  struct Span {
+    int64_t document = 0;  // its place in the subset
+    int64_t offset = 0;    // within the document as packed: FIM applied, EOD at its end
+    int64_t count = 0;
+  };
+  /// The spans of sequence `index` in order, as fill() writes it; fewer than S labels in all where
+  /// the sequence ends in padding.
+  std::vector<Span> spans(int64_t index) const;
+
   /// Writes sequence `index` mod num_samples() of epoch `index` / num_samples() into row `row` of a
   /// batch whose vectors have their sizes.
   void fill(int64_t index, Batch& batch, int64_t row) const;
@@ -78,6 +88,7 @@ class PackedStream {
   struct Epoch;
   struct Fim;
   const Epoch& epoch(int64_t number) const;
+  int64_t sequence_of(int64_t index) const;
   Fim fim_of(int64_t i) const;
   int64_t packed_length(int64_t i) const;
   void read_packed(int64_t i, int64_t offset, int64_t count, int32_t* out) const;

@@ -3,7 +3,9 @@
 #include <c10/util/Exception.h>
 
 #include "base/error.h"
+#include "checkpoint/catalogue.h"
 #include "checkpoint/hf_config.h"
+#include "checkpoint/state_tensors.h"
 #include "checkpoint/weights.h"
 #include "config/load.h"
 
@@ -29,6 +31,7 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
   OpenedModel opened;
   opened.device = options.device;
   opened.checkpoint = checkpoint_of(directory);
+  require_undamaged(opened.checkpoint);
   const HfConfig described = load_hf_config(opened.checkpoint);
   ModelConfig config = described.model;
   if (const auto yaml = opened.checkpoint / "dsv3.yaml"; fs::exists(yaml)) {
@@ -56,6 +59,14 @@ OpenedModel open_model(const fs::path& directory, const OpenOptions& options) {
                     opened.parameters->total_parameters(), name_of(config.dtype)));
   }
   load_weights(opened.checkpoint, *opened.parameters, config.num_layers);
+  if (!options.averaged) return opened;
+  require(has_companion(opened.checkpoint, "ema"),
+          "{} holds no moving average of the weights; training.ema.decay makes one",
+          opened.checkpoint.string());
+  Companion average{.prefix = "ema", .flats = {}};
+  for (const auto& bucket : opened.parameters->buckets())
+    average.flats.push_back(bucket.values.detach());
+  load_companion(opened.checkpoint, *opened.parameters, average, /*part_only=*/true);
   return opened;
 }
 

@@ -27,15 +27,16 @@ struct OpenedModel {
 };
 
 struct OpenOptions {
-  std::optional<DType> dtype;  // fp32 | bf16; empty = what config.json says
+  std::optional<DType> dtype = {};  // fp32 | bf16; empty = what config.json says
   at::Device device = at::Device(at::kCPU);
+  bool averaged = false;  // the weights' moving average (training.ema) instead of the weights
 };
 
 /// Opens a RUN directory (its newest checkpoint) or a CHECKPOINT directory (config.json and
 /// safetensors under the released names, ours or anybody's), for evaluation and generation: no
 /// gradients, no MTP modules. The model comes from dsv3.yaml where a checkpoint of ours holds one,
 /// else from config.json. Throws std::invalid_argument when `directory` is neither, IoError when a
-/// file fails.
+/// file fails, or a checkpoint of ours is damaged (every byte is checked).
 OpenedModel open_model(const std::filesystem::path& directory, const OpenOptions& options);
 
 }  // namespace dsv3

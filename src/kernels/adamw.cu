@@ -43,6 +43,7 @@ template <typename W, typename G, typename M, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(AdamW p, AdamWFactors f, int64_t vector_size) {
   const bool skip = p.skip != nullptr && *p.skip != 0;
+  detail::take_corrections(p, f);
   const float gradient_scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t num_threads = int64_t{gridDim.x} * kThreads;

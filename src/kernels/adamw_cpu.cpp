@@ -15,7 +15,7 @@ void check_adamw(const AdamW& p) {
   require(p.master == nullptr || p.weight_dtype == DType::kBF16,
           "[adamw] master: expected only beside bf16 weights, got {} weights",
           name_of(p.weight_dtype));
-  require(p.correction1 > 0.0f && p.correction2 > 0.0f,
+  require(p.corrections != nullptr || (p.correction1 > 0.0f && p.correction2 > 0.0f),
           "[adamw] corrections: expected 1 - beta^step > 0 with step from 1, got {} and {}",
           p.correction1, p.correction2);
   require(p.ema == nullptr || p.ema_dtype == DType::kF32 || p.ema_dtype == DType::kBF16,
@@ -303,8 +303,13 @@ class Range {
 
 }  // namespace
 
-void adamw(const AdamW& p) {
-  kernels::detail::check_adamw(p);
+void adamw(const AdamW& params) {
+  kernels::detail::check_adamw(params);
+  AdamW p = params;
+  if (p.corrections != nullptr) {
+    p.correction1 = p.corrections[0];
+    p.correction2 = p.corrections[1];
+  }
   const Range range(p);
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const int64_t gradient_size = size_of(p.gradient_dtype);

@@ -109,6 +109,7 @@ __device__ void zero_gradients(const AdamWFp8& p, const Tile& tile) {
 template <typename W, typename G, typename M, bool kStochastic, bool kVectors>
 __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFactors f) {
   extern __shared__ __align__(16) float kept[];
+  detail::take_corrections(p.update, f);
   const Tile tile{
       .row = int64_t{blockIdx.y} * kTile,
       .column = int64_t{blockIdx.x} * kTile,

@@ -30,6 +30,8 @@ DSV3_NO_CUDA(adamw, AdamW)
 DSV3_NO_CUDA(adamw_fp8, AdamWFp8)
 DSV3_NO_CUDA(sum_of_squares, SumOfSquares)
 DSV3_NO_CUDA(finish_norm, FinishNorm)
+DSV3_NO_CUDA(decide_step, DecideStep)
+DSV3_NO_CUDA(locate_non_finite, LocateNonFinite)
 
 // loss
 DSV3_NO_CUDA(cross_entropy, CrossEntropy)

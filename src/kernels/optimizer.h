@@ -31,9 +31,10 @@ struct AdamW {
   float weight_decay;  // of elements [0, decay_end); the rest (norms and the like) has none
   float correction1;   // 1 - β1^step, step counted from 1
   float correction2;   // 1 - β2^step
-  const float* gradient_scale;  // [1] on the device (the clip factor), may be null (= 1)
-  const int32_t* skip;          // [1] on the device, may be null; non-zero: no update
-  bool zero_gradients;          // zero them in the same pass, also when skipped
+  const float* gradient_scale;         // [1] on the device (the clip factor), may be null (= 1)
+  const int32_t* skip;                 // [1] on the device, may be null; non-zero: no update
+  bool zero_gradients;                 // zero them in the same pass, also when skipped
+  const float* corrections = nullptr;  // [2] on the device: in place of correction1, correction2
   int64_t decay_end = INT64_MAX;
   void* ema = nullptr;  // [size], may be null: a running mean of the weights
   DType ema_dtype = DType::kF32;
@@ -95,6 +96,38 @@ struct FinishNorm {
   int32_t* not_finite;  // [1], may be null: 1 for an infinite or NaN norm, else 0: AdamW's skip
 };
 
+/// Whether an optimizer step is taken, decided where the numbers are, and the count of those that
+/// were: skip = kSkipNotFinite when it was set or one of the losses is NaN or infinite, else
+/// kSkipSpike when losses[0] · loss_scale > loss_limit, else 0; updates += (skip == 0);
+/// corrections = 1 - β^max(updates, 1). All inputs are those of the whole global batch, so that all
+/// ranks decide alike.
+struct DecideStep {
+  int32_t num_losses;    // may be 0
+  const double* losses;  // [num_losses]
+  double loss_scale;     // losses[0] · loss_scale is the loss per token
+  double loss_limit;     // infinity: no limit
+  double beta1, beta2;
+  int64_t* updates;    // [1] in and out
+  float* corrections;  // [2] AdamW's
+  int32_t* skip;       // [1] in: not_finite of the gradient norm; out: AdamW's
+};
+inline constexpr int32_t kSkipNotFinite = 1, kSkipSpike = 2;
+
+/// Where a flat buffer of ranges holds NaN or infinity: counts[r] += how many range r holds,
+/// first[r] = min(first[r], index of the first of them from the range's start). A range ends where
+/// the next begins. Reads nothing while *only_if is 0, so that it can stand in every step.
+struct LocateNonFinite {
+  int64_t size;            // elements of the buffer
+  DType dtype;             // kF32 or kBF16
+  const void* x;           // [size]
+  int64_t num_ranges;      // at least 1
+  const int64_t* starts;   // [num_ranges] ascending multiples of kNonFiniteTile; the first is 0
+  const int32_t* only_if;  // [1], may be null: always
+  int64_t* counts;         // [num_ranges]
+  int64_t* first;          // [num_ranges]
+};
+inline constexpr int64_t kNonFiniteTile = 128;
+
 /// y[r, c] = mean + std · n(first + r · pitch + c): normal number i of (seed, stream), the same on
 /// every device to about 1e-6 · std. Philox4x32-10 (Salmon et al. 2011) with key = seed and counter
 /// = (i / 4, stream) gives four 32-bit words; Box-Muller over their upper 24 bits makes four
@@ -116,6 +149,8 @@ DSV3_DECLARE_KERNEL(adamw, AdamW)
 DSV3_DECLARE_KERNEL(adamw_fp8, AdamWFp8)
 DSV3_DECLARE_KERNEL(sum_of_squares, SumOfSquares)
 DSV3_DECLARE_KERNEL(finish_norm, FinishNorm)
+DSV3_DECLARE_KERNEL(decide_step, DecideStep)
+DSV3_DECLARE_KERNEL(locate_non_finite, LocateNonFinite)
 DSV3_DECLARE_KERNEL(normal_fill, NormalFill)
 
 }  // namespace dsv3::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include "config/config.h"
@@ -9,6 +10,11 @@
 namespace dsv3 {
 
 class LatentCache;
+
+/// Sees activations as they are made: the layer (as ParameterSpec::layer), what it is ("attention",
+/// "moe", "block", …) and its value [T, D]. It must not change it.
+using ActivationProbe =
+    std::function<void(int64_t layer, const char* name, const at::Tensor& activation)>;
 
 /// What every layer of one forward shares: shapes, positions, rotary table, policy.
 struct ForwardContext {

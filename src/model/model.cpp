@@ -14,6 +14,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
+#include "ops/range.h"
 #include "ops/rms_norm.h"
 
 namespace dsv3 {
@@ -39,7 +40,24 @@ void add_statistics(const MoeStatistics& statistics, std::vector<at::Tensor>& co
   }
 }
 
+at::Tensor attend(const Block& block, const ops::Remakable& x, const ForwardContext& context) {
+  const ops::Range range("mla");
+  return block.mla.forward(x, context);
+}
+
+at::Tensor feed_forward(const Block& block, const ops::Remakable& x, const ForwardContext& context,
+                        MoeStatistics* statistics) {
+  const ops::Range range(block.is_moe ? "moe" : "mlp");
+  return block.is_moe ? block.moe.forward(x, context, statistics) : block.mlp.forward(x, context);
+}
+
 }  // namespace
+
+void Model::show(int64_t layer, const char* name, const at::Tensor& activation) const {
+  if (!probe_ || ops::recomputing()) return;
+  const ops::NoRecord guard;
+  probe_(layer, name, activation.detach());
+}
 
 at::Tensor Model::mtp_labels(const TokenBatch& batch, int64_t depth) {
   const ops::NoRecord guard;
@@ -75,15 +93,21 @@ ForwardContext Model::make_context(const TokenBatch& batch, Recompute recompute,
 std::pair<at::Tensor, MoeStatistics> Model::run_block(const Block& block, const at::Tensor& x,
                                                       const ForwardContext& context) const {
   MoeStatistics statistics;
+  const ops::Range range("layer", block.layer);
   const auto body = [this, &block](const at::Tensor& input, const ForwardContext& c,
                                    MoeStatistics* moe_statistics) {
     const ops::Remakable normed =
         ops::rms_norm(input, block.input_norm->weight, config_.rms_norm_eps);
-    const at::Tensor attended = block.mla.forward(c.keep_or_remake(normed), c);
+    const at::Tensor attended = attend(block, c.keep_or_remake(normed), c);
+    show(block.layer, "attention", attended);
     const auto [sum, normed_sum] =
         ops::add_rms_norm(attended, input, block.post_attention_norm->weight, config_.rms_norm_eps);
     const ops::Remakable y = c.keep_or_remake(normed_sum);
-    return sum + (block.is_moe ? block.moe.forward(y, c, moe_statistics) : block.mlp.forward(y, c));
+    const at::Tensor fed = feed_forward(block, y, c, moe_statistics);
+    show(block.layer, block.is_moe ? "moe" : "mlp", fed);
+    at::Tensor output = sum + fed;
+    show(block.layer, "block", output);
+    return output;
   };
   if (context.recompute != Recompute::kFull) {
     at::Tensor y = body(x, context, &statistics);
@@ -112,12 +136,14 @@ LossOutput Model::loss(const TokenBatch& batch, const LossScales& scales,
   at::Tensor balance;
 
   at::Tensor x = ops::embedding(batch.tokens, embedding_->weight);
+  show(-1, "embedding", x);
   for (const auto& block : blocks_) {
     auto [y, statistics] = run_block(block, x, context);
     x = y;
     if (block.is_moe) add_statistics(statistics, counts, balance);
   }
   at::Tensor hidden = ops::rms_norm(x, final_norm_->weight, config_.rms_norm_eps).value;
+  show(config_.num_layers, "final_norm", hidden);
   const ops::HeadLoss main =
       ops::head_cross_entropy(hidden, head_->weight, batch.labels, scales.main);
   output.objective = main.objective;
@@ -167,11 +193,12 @@ at::Tensor Model::logits(const TokenBatch& batch, LatentCache* cache) const {
                      head_->weight);
 }
 
-void Model::update_router_biases(const at::Tensor& loads, double update_rate) {
+void Model::update_router_biases(const at::Tensor& loads, double update_rate,
+                                 const at::Tensor& skip) {
   for (size_t i = 0; i < router_biases_.size(); ++i) {
     if (router_biases_[i] == nullptr) continue;
     at::Tensor bias = router_biases_[i]->value();
-    update_router_bias(bias, loads.select(0, static_cast<int64_t>(i)), update_rate);
+    update_router_bias(bias, loads.select(0, static_cast<int64_t>(i)), update_rate, skip);
   }
 }
 

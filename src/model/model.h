@@ -79,8 +79,11 @@ class Model {
   at::Tensor logits(const TokenBatch& batch, LatentCache* cache = nullptr) const;
 
   /// Adds one step's bias update to every router (moe/balance.h). loads: [num_moe_layers, E],
-  /// global batch.
-  void update_router_biases(const at::Tensor& loads, double update_rate);
+  /// global batch; skip: see there.
+  void update_router_biases(const at::Tensor& loads, double update_rate, const at::Tensor& skip);
+
+  /// From now on every loss() shows its activations to `probe`; an empty one ends that.
+  void set_probe(ActivationProbe probe) { probe_ = std::move(probe); }
 
   /// The router biases [E] FP32 behind each row of expert_counts; undefined tensors without biases.
   std::vector<at::Tensor> router_biases() const;
@@ -98,6 +101,8 @@ class Model {
  private:
   std::pair<at::Tensor, MoeStatistics> run_block(const Block& block, const at::Tensor& x,
                                                  const ForwardContext& context) const;
+  /// Once for each activation, not again under recomputation.
+  void show(int64_t layer, const char* name, const at::Tensor& activation) const;
   ForwardContext make_context(const TokenBatch& batch, Recompute recompute,
                               LatentCache* cache) const;
 
@@ -108,6 +113,7 @@ class Model {
   Parameter* head_ = nullptr;        // [V, D]; the embedding itself when tied
   std::vector<MtpModule> mtp_;
   std::vector<int64_t> moe_layers_;
+  ActivationProbe probe_;
   std::vector<Parameter*> router_biases_;  // one for each of moe_layers_; null without biases
   mutable at::Tensor cos_sin_;             // grown on demand, on the parameters' device
 };

@@ -79,6 +79,10 @@ inline constexpr const char* kEvalLoss = "eval/loss";
 inline constexpr const char* kEvalBitsPerByte = "eval/bits_per_byte";
 inline constexpr const char* kEvalAccuracy = "eval/accuracy";
 inline constexpr const char* kEvalTokens = "eval/tokens";
+/// of the weights' moving average
+inline constexpr const char* kEvalEmaLoss = "eval/ema_loss";
+inline constexpr const char* kEvalEmaBitsPerByte = "eval/ema_bits_per_byte";
+inline constexpr const char* kEvalEmaAccuracy = "eval/ema_accuracy";
 inline constexpr const char* kEvalTime = "eval/time";
 }  // namespace metric
 

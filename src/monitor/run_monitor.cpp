@@ -68,6 +68,8 @@ void RunMonitor::evaluation(const Record& record) {
   text += fmt::format(
       ", accuracy {:.1f}% over {} tokens ({})", 100 * record.get(metric::kEvalAccuracy),
       short_count(record.get(metric::kEvalTokens)), short_time(record.get(metric::kEvalTime)));
+  if (record.has(metric::kEvalEmaLoss))
+    text += fmt::format("; averaged weights: loss {:.4f}", record.get(metric::kEvalEmaLoss));
   info(text);
 }
 

@@ -8,6 +8,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "nn/companion.h"
 #include "ops/autograd.h"
 #include "ops/normal.h"
 
@@ -71,6 +72,10 @@ at::Tensor Parameter::piece_view(const CheckpointPiece& piece, const at::Tensor&
   return slice.narrow(0, piece.row_begin, piece.row_end - piece.row_begin);
 }
 
+at::Tensor part_of(const Parameter& parameter, const at::Tensor& flat) {
+  return flat.narrow(0, parameter.offset, parameter.spec.numel()).view(parameter.spec.shape);
+}
+
 Parameter& ParameterSet::declare(ParameterSpec spec) {
   DSV3_CHECK(find(spec.name) == nullptr, "parameter {} is declared twice", spec.name);
   check_pieces(spec);
@@ -129,12 +134,9 @@ void ParameterSet::allocate(const AllocateOptions& options) {
 
 void ParameterSet::bind(Parameter& parameter) {
   const auto& bucket = buckets_[static_cast<size_t>(parameter.bucket)];
-  const auto view = [&](const at::Tensor& flat) {
-    return flat.narrow(0, parameter.offset, parameter.spec.numel()).view(parameter.spec.shape);
-  };
-  parameter.weight.value = view(bucket.values);
+  parameter.weight.value = part_of(parameter, bucket.values);
   if (bucket.grads.defined()) {
-    parameter.weight.grad = view(bucket.grads);
+    parameter.weight.grad = part_of(parameter, bucket.grads);
     parameter.weight.value.requires_grad_(true);
   }
 }

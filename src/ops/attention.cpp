@@ -11,6 +11,7 @@
 #include "ops/attention_cuda.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -136,6 +137,7 @@ Tensors run_backward(Body body, const AttentionInputs& in, const AttentionOption
 }  // namespace
 
 at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options) {
+  const Range range("attention");
   check(inputs, options);
   const Body body = choose(inputs, options);
   g_calls.fetch_add(1, std::memory_order_relaxed);

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -19,7 +20,7 @@ namespace autograd = torch::autograd;
 class Operator final : public autograd::Node {
  public:
   Operator(const char* name, std::function<Tensors(const Tensors&)> backward)
-      : name_(name), backward_(std::move(backward)) {}
+      : name_(name), path_(Range::backward_path()), backward_(std::move(backward)) {}
 
   std::string name() const override { return name_; }
 
@@ -28,11 +29,13 @@ class Operator final : public autograd::Node {
  protected:
   autograd::variable_list apply(autograd::variable_list&& grads) override {
     DSV3_CHECK(backward_ != nullptr, "[{}] backward ran twice through one graph", name_);
+    const Range range(path_);
     return backward_(grads);
   }
 
  private:
   const char* name_;
+  const Range::Path path_;
   std::function<Tensors(const Tensors&)> backward_;
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "ops/autograd.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -38,6 +39,7 @@ Tensors checkpoint(const std::function<Tensors(const at::Tensor&)>& fn, const at
     Tensors again;
     {
       const Recomputing flag;
+      const Range range("recompute");
       again = fn(input);
     }
     Tensors roots, root_grads;

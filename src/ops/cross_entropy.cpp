@@ -13,6 +13,7 @@
 #include "kernels/loss.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 #include "ops/weight_grad.h"
 
 namespace dsv3::ops {
@@ -132,6 +133,7 @@ int64_t head_chunk_tokens(int64_t num_tokens, int64_t vocab, int64_t element_siz
 
 HeadLoss head_cross_entropy(const at::Tensor& hidden, const Weight& weight,
                             const at::Tensor& labels, const at::Tensor& scale) {
+  const Range range("head_cross_entropy");
   check_head(hidden, weight, labels, scale);
   const bool recorded = recording({hidden, weight.value});
   Gradients gradients;

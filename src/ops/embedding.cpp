@@ -6,6 +6,7 @@
 #include "ops/autograd.h"
 #include "ops/bucket_leaf.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -31,6 +32,7 @@ void add_embedding_grad(const at::Tensor& grad, const at::Tensor& ids, const at:
 }  // namespace
 
 at::Tensor embedding(const at::Tensor& given_ids, const Weight& weight) {
+  const Range range("embedding");
   check_shape(given_ids, "embedding", "ids", {-1});
   check_shape(weight.value, "embedding", "weight", {-1, -1});
   check_int32(given_ids, "embedding", "ids", weight.value);

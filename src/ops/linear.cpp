@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "ops/autograd.h"
+#include "ops/range.h"
 #include "ops/weight_grad.h"
 
 namespace dsv3::ops {
@@ -41,6 +42,7 @@ at::Tensor grouped_product(const at::Tensor& x, const at::Tensor& weights,
 }  // namespace
 
 at::Tensor linear(const Remakable& x, const Weight& weight) {
+  const Range range("linear");
   check_linear("linear", x.value, weight.value);
   at::Tensor y;
   {
@@ -67,6 +69,7 @@ at::Tensor linear(const at::Tensor& x, const Weight& weight) {
 }
 
 at::Tensor grouped_linear(const Remakable& x, const Weight& weight, const at::Tensor& offsets) {
+  const Range range("grouped_linear");
   check_linear("grouped_linear", x.value, weight.value);
   require(offsets.dim() == 1 && offsets.size(0) == weight.value.size(0),
           "[grouped_linear] offsets: expected [{}] (= experts), got [{}]", weight.value.size(0),

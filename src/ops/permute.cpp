@@ -7,6 +7,7 @@
 #include "kernels/routing.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -74,6 +75,7 @@ void check_combine(const at::Tensor& rows, const at::Tensor& weights,
 }  // namespace
 
 Permutation make_permutation(const at::Tensor& experts, int64_t num_experts) {
+  const Range range("make_permutation");
   const NoRecord guard;
   check_shape(experts, "make_permutation", "experts", {-1, -1});
   check_int32(experts, "make_permutation", "experts", experts);
@@ -99,6 +101,7 @@ Permutation make_permutation(const at::Tensor& experts, int64_t num_experts) {
 }
 
 at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {
+  const Range range("permute");
   check_shape(x, "permute", "x", {permutation.row_of.size(0), -1});
   if (!has_kernel(x)) return reference::permute(x, permutation);
   at::Tensor y;
@@ -125,6 +128,7 @@ at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {
 
 at::Tensor combine(const at::Tensor& rows, const at::Tensor& weights,
                    const Permutation& permutation, const at::Tensor& base) {
+  const Range range("combine");
   check_combine(rows, weights, permutation, base);
   if (!has_kernel(rows)) return reference::combine(rows, weights, permutation, base);
   at::Tensor y, saved_rows, saved_weights;

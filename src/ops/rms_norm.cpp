@@ -5,6 +5,7 @@
 #include "ops/autograd.h"
 #include "ops/bucket_leaf.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 #include "ops/rms_norm_body.h"
 
 namespace dsv3::ops {
@@ -21,6 +22,7 @@ Remake make_remake(const at::Tensor& x, const Weight& weight, double eps) {
 }  // namespace
 
 Remakable rms_norm(const at::Tensor& input, const Weight& weight, double eps) {
+  const Range range("rms_norm");
   check_rms_norm("rms_norm", input, weight.value);
   const at::Tensor x = rows_contiguous(input);
   if (!has_kernel(x)) {
@@ -39,6 +41,7 @@ Remakable rms_norm(const at::Tensor& input, const Weight& weight, double eps) {
 
 std::tuple<at::Tensor, Remakable> add_rms_norm(const at::Tensor& input, const at::Tensor& residual,
                                                const Weight& weight, double eps) {
+  const Range range("add_rms_norm");
   check_rms_norm("add_rms_norm", input, weight.value);
   check_shape(residual, "add_rms_norm", "residual", input.sizes());
   check_like(residual, "add_rms_norm", "residual", input, "x");

@@ -9,6 +9,7 @@
 #include "kernels/rope.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -133,6 +134,7 @@ void check_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor&
 }  // namespace
 
 at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
+  const Range range("rope_query");
   check_query(q, table, tokens);
   const at::Tensor cos_sin = table.contiguous(), positions = tokens.contiguous();
   if (!has_kernel(q)) {
@@ -151,6 +153,7 @@ at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Te
 }
 
 at::Tensor rope_query_(at::Tensor q, const at::Tensor& table, const at::Tensor& tokens) {
+  const Range range("rope_query");
   check_query(q, table, tokens);
   if (!has_kernel(q) || !heads_contiguous(q)) return rope_query(q, table, tokens);
   const at::Tensor cos_sin = table.contiguous(), positions = tokens.contiguous();
@@ -174,6 +177,7 @@ std::tuple<at::Tensor, at::Tensor> rope_key_value(const at::Tensor& kv_given,
                                                   const at::Tensor& table, const at::Tensor& tokens,
                                                   int64_t v_head_dim) {
   constexpr const char* kOp = "rope_key_value";
+  const Range range(kOp);
   check_shape(kv_given, kOp, "kv", {-1, -1, -1});
   check_table(kOp, table, tokens, kv_given);
   check_shape(k_rope_given, kOp, "k_rope", {kv_given.size(0), table.size(1)});

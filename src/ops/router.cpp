@@ -7,6 +7,7 @@
 #include "kernels/routing.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 
 namespace dsv3::ops {
 namespace {
@@ -54,6 +55,7 @@ at::Tensor route_gradient(const kernels::RouterShape& shape, const at::Tensor& e
 }  // namespace
 
 Routing route(const at::Tensor& logits, const at::Tensor& bias, const RouterOptions& options) {
+  const Range range("route");
   check_route(logits, bias, options);
   if (logits.scalar_type() == at::kDouble) return reference::route(logits, bias, options);
   const auto shape = shape_of(options);

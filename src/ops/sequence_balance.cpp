@@ -5,6 +5,7 @@
 #include "kernels/routing.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 #include "ops/router.h"
 
 namespace dsv3::ops {
@@ -33,6 +34,7 @@ void check_balance(const at::Tensor& scores, const at::Tensor& valid, int64_t nu
 
 at::Tensor sequence_balance_loss(const at::Tensor& scores, const at::Tensor& valid,
                                  int64_t num_sequences, int64_t num_experts_per_token) {
+  const Range range("sequence_balance_loss");
   check_balance(scores, valid, num_sequences);
   if (scores.scalar_type() == at::kDouble) {
     return reference::sequence_balance_loss(scores, valid, num_sequences, num_experts_per_token);

@@ -7,6 +7,7 @@
 #include "kernels/elementwise.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
+#include "ops/range.h"
 #include "ops/swiglu_body.h"
 
 namespace dsv3::ops {
@@ -79,6 +80,7 @@ SwigluGrads run_swiglu_backward(const at::Tensor& grad, const at::Tensor& gate_u
 namespace {
 
 Remakable run_operator(const char* op, const at::Tensor& input, const at::Tensor& row_weight) {
+  const Range range(op);
   check_swiglu(op, input, row_weight);
   const at::Tensor weights = row_weight.defined() ? row_weight.detach() : row_weight;
   if (!has_kernel(input)) {

@@ -4,8 +4,6 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
-
 #include "base/error.h"
 #include "kernels/optimizer.h"
 #include "ops/autograd.h"
@@ -53,6 +51,8 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
   int64_t parts = 0;
   for (const auto& bucket : buckets_) parts += kernels::adamw_partials(bucket.numel());
   moved_ = at::zeros({parts, 2}, device.dtype(at::kDouble));
+  updates_ = at::zeros({1}, device.dtype(at::kLong));
+  corrections_ = at::empty({2}, device.dtype(at::kFloat));
   reset_masters();
 }
 
@@ -62,6 +62,24 @@ void AdamW::reset_masters() {
     if (states_[i].master.defined()) states_[i].master.copy_(buckets_[i].values);
     if (states_[i].ema.defined()) states_[i].ema.copy_(buckets_[i].values);
   }
+}
+
+std::vector<Companion> AdamW::state() const {
+  Companion averages{"exp_avg", {}}, squares{"exp_avg_sq", {}};
+  Companion masters{"master", {}}, means{"running_mean", {}};
+  bool any_master = false, any_mean = false;
+  for (const State& state : states_) {
+    averages.flats.push_back(state.exp_avg);
+    squares.flats.push_back(state.exp_avg_sq);
+    masters.flats.push_back(state.master);
+    means.flats.push_back(state.ema);
+    any_master = any_master || state.master.defined();
+    any_mean = any_mean || state.ema.defined();
+  }
+  std::vector<Companion> companions{std::move(averages), std::move(squares)};
+  if (any_master) companions.push_back(std::move(masters));
+  if (any_mean) companions.push_back(std::move(means));
+  return companions;
 }
 
 GradientNorm AdamW::gradient_norm() {
@@ -83,14 +101,34 @@ GradientNorm AdamW::gradient_norm() {
                         .max_norm = static_cast<float>(options_.clip),
                         .norm = result.norm.data_ptr<float>(),
                         .clip_factor = clip_factor_.data_ptr<float>(),
-                        .not_finite = result.not_finite.data_ptr<int32_t>()},
+                        .not_finite = result.skip.data_ptr<int32_t>()},
                        stream);
+  return result;
+}
+
+GradientNorm AdamW::decide(const StepGuard& guard) {
+  const ops::NoRecord no_record;
+  const auto& losses = guard.losses;
+  DSV3_CHECK(!losses.defined() || (losses.scalar_type() == at::kDouble && losses.is_contiguous() &&
+                                   losses.device() == sums_.device()),
+             "losses: expected contiguous FP64 where the parameters are");
+  ++steps_begun_;
+  GradientNorm result = gradient_norm();
+  kernels::decide_step({.num_losses = losses.defined() ? static_cast<int32_t>(losses.numel()) : 0,
+                        .losses = losses.defined() ? losses.const_data_ptr<double>() : nullptr,
+                        .loss_scale = guard.loss_scale,
+                        .loss_limit = guard.loss_limit,
+                        .beta1 = options_.beta1,
+                        .beta2 = options_.beta2,
+                        .updates = updates_.data_ptr<int64_t>(),
+                        .corrections = corrections_.data_ptr<float>(),
+                        .skip = result.skip.data_ptr<int32_t>()},
+                       ops::stream_of(sums_));
   return result;
 }
 
 void AdamW::update(const Bucket& bucket, const State& state, double learning_rate,
                    const GradientNorm& norm, double* partials) {
-  const auto step = static_cast<double>(steps_done_);
   kernels::adamw({.size = bucket.numel(),
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
                   .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
@@ -105,33 +143,53 @@ void AdamW::update(const Bucket& bucket, const State& state, double learning_rat
                   .beta2 = static_cast<float>(options_.beta2),
                   .eps = static_cast<float>(options_.eps),
                   .weight_decay = static_cast<float>(options_.weight_decay),
-                  .correction1 = static_cast<float>(1 - std::pow(options_.beta1, step)),
-                  .correction2 = static_cast<float>(1 - std::pow(options_.beta2, step)),
+                  .correction1 = 1,
+                  .correction2 = 1,
                   .gradient_scale = clip_factor_.data_ptr<float>(),
-                  .skip = norm.not_finite.data_ptr<int32_t>(),
+                  .skip = norm.skip.data_ptr<int32_t>(),
                   .zero_gradients = true,
+                  .corrections = corrections_.data_ptr<float>(),
                   .decay_end = bucket.decay_end,
                   .ema = address(state.ema),
                   .ema_dtype = DType::kF32,
                   .ema_decay = static_cast<float>(options_.ema_decay),
                   .stochastic_rounding = options_.stochastic_rounding,
                   .seed = options_.seed,
-                  .step = static_cast<uint64_t>(steps_done_),
+                  .step = static_cast<uint64_t>(steps_begun_),
                   .first_index = state.first_index,
                   .partials = partials},
                  ops::stream_of(bucket.values));
 }
 
-GradientNorm AdamW::step(double learning_rate) {
+void AdamW::apply(double learning_rate, GradientNorm& norm) {
   const ops::NoRecord guard;
-  ++steps_done_;
-  GradientNorm norm = gradient_norm();
   auto* partials = moved_.data_ptr<double>();
   for (size_t i = 0; i < buckets_.size(); ++i) {
     update(buckets_[i], states_[i], learning_rate, norm, partials);
     partials += 2 * kernels::adamw_partials(buckets_[i].numel());
   }
   norm.moved = at::sum(moved_, 0);
+}
+
+std::vector<at::Tensor> AdamW::weights() const {
+  std::vector<at::Tensor> weights;
+  for (size_t i = 0; i < buckets_.size(); ++i)
+    weights.push_back(states_[i].master.defined() ? states_[i].master : buckets_[i].values);
+  return weights;
+}
+
+void AdamW::restore_steps(int64_t begun, int64_t done) {
+  steps_begun_ = begun;
+  updates_.fill_(done);
+}
+
+int64_t AdamW::steps_done() const {
+  return updates_.item<int64_t>();
+}
+
+GradientNorm AdamW::step(double learning_rate, const StepGuard& guard) {
+  GradientNorm norm = decide(guard);
+  apply(learning_rate, norm);
   return norm;
 }
 

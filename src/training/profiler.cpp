@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "base/error.h"
+#include "ops/range.h"
+#include "training/trace_ranges.h"
 
 namespace dsv3 {
 
@@ -14,6 +16,7 @@ namespace impl = torch::profiler::impl;
 
 Profiler::~Profiler() {
   if (!running_) return;
+  ops::record_ranges(false);
   try {
     kineto::disableProfiler();
   } catch (...) {  // a destructor must not throw; the trace is lost, the run is not
@@ -27,17 +30,20 @@ void Profiler::start(bool cuda) {
   if (cuda) activities.insert(impl::ActivityType::CUDA);
   kineto::prepareProfiler(config, activities);
   kineto::enableProfiler(config, activities);
+  ops::record_ranges(true);
   running_ = true;
 }
 
 void Profiler::stop(const std::filesystem::path& trace) {
   DSV3_CHECK(running_, "the profiler is not recording");
   running_ = false;
+  ops::record_ranges(false);
   const auto result = kineto::disableProfiler();
   result->save(trace.string());
   if (!std::filesystem::exists(trace)) {
     throw IoError(fmt::format("cannot write the trace {}", trace.string()));
   }
+  add_range_tracks(trace);
 }
 
 }  // namespace dsv3

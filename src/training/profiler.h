@@ -5,7 +5,7 @@
 namespace dsv3 {
 
 /// Records what runs on the CPU and the GPU (CUPTI, through LibTorch's Kineto) between start() and
-/// stop(). One recording at a time in the process.
+/// stop(), with our own ranges (ops/range.h). One recording at a time in the process.
 class Profiler {
  public:
   Profiler() = default;
@@ -15,8 +15,8 @@ class Profiler {
 
   /// `cuda`: kernels and copies too; synchronises the device first, so that earlier work stays out.
   void start(bool cuda);
-  /// Ends the recording and writes a Chrome trace (JSON; chrome://tracing, Perfetto). Throws
-  /// IoError.
+  /// Ends the recording and writes a Chrome trace (JSON; chrome://tracing, Perfetto) with the
+  /// tracks of training/trace_ranges.h. Throws IoError.
   void stop(const std::filesystem::path& trace);
   bool running() const { return running_; }
 

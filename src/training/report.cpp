@@ -147,33 +147,58 @@ void Trainer::report(PendingNumbers pending, const StepInfo& info) {
   mark_ = now;
   smooth_step_seconds_ =
       smooth_step_seconds_ == 0 ? seconds : 0.9 * smooth_step_seconds_ + 0.1 * seconds;
+  longest_step_seconds_ = std::max(seconds, 0.98 * longest_step_seconds_);
   monitor_->step(make_record(numbers, info, seconds), seconds_left(info.step));
-  if (!std::isfinite(numbers.loss) || !std::isfinite(numbers.grad_norm)) {
-    const auto message = fmt::format(
-        "step {}: the loss is {} and the gradient norm {}; the run stops here. A lower "
-        "optimizer.learning_rate, a longer "
-        "warm-up or model.dtype=fp32 may help",
-        info.step, numbers.loss, numbers.grad_norm);
-    monitor_->warning(message);
-    throw std::runtime_error(message);
-  }
+  const auto reason = watch_->judge(info.step, numbers, info.origins, *train_, *monitor_);
+  if (!reason) return;
+  const std::string again = resume_command(options_.directory);
+  const std::string go_on =
+      saved_.empty() ? std::string("Nothing was saved before; train from the start")
+                     : fmt::format(
+                           "The checkpoints are untouched: {} goes on from the newest, {}, and "
+                           "--from-step N from an earlier one; do so",
+                           again, saved_.string());
+  const auto message = fmt::format(
+      "{}; the run stops here. {} --replay {} names the first bad tensor of the last step. {} with "
+      "a "
+      "lower optimizer.learning_rate, other data or model.dtype=fp32",
+      *reason, again, info.step, go_on);
+  monitor_->warning(message);
+  throw std::runtime_error(message);
+}
+
+Evaluation Trainer::evaluate_weights() {
+  return evaluate(*model_, *validation_,
+                  {.device = device_,
+                   .sequences_per_batch = config_.training.micro_batch_size,
+                   .num_batches = config_.training.eval_batches,
+                   .mask_documents = config_.data.mask_across_documents,
+                   .stop_requested = [this] { return must_stop(); }});
+}
+
+void Trainer::evaluate_average(Record& record) {
+  ema_->wait();
+  saver_->before_change(device_);
+  const AveragedWeights average(parameters_, ema_->average());
+  const Evaluation result = evaluate_weights();
+  if (!result.complete) return;
+  record.add(metric::kEvalEmaLoss, result.loss);
+  record.add(metric::kEvalEmaBitsPerByte, result.bits_per_byte);
+  record.add(metric::kEvalEmaAccuracy, result.accuracy);
 }
 
 std::optional<Evaluation> Trainer::evaluate_now() {
   if (!validation_) return std::nullopt;
-  const Evaluation result = evaluate(*model_, *validation_,
-                                     {.device = device_,
-                                      .sequences_per_batch = config_.training.micro_batch_size,
-                                      .num_batches = config_.training.eval_batches,
-                                      .mask_documents = config_.data.mask_across_documents,
-                                      .stop_requested = options_.stop_requested});
+  const Evaluation result = evaluate_weights();
   if (!result.complete) return std::nullopt;
+  evaluated_step_ = steps_done_;
   Record record{.step = steps_done_, .values = {}, .tables = {}};
   record.add(metric::kEvalLoss, result.loss);
   if (result.bytes > 0) record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalAccuracy, result.accuracy);
   record.add(metric::kEvalTokens, static_cast<double>(result.tokens));
   record.add(metric::kEvalTime, result.seconds);
+  if (ema_ && config_.training.ema.evaluate && ema_->updates() > 0) evaluate_average(record);
   monitor_->evaluation(record);
   return result;
 }

@@ -1,55 +1,48 @@
 #include "training/run_directory.h"
 
-#include <algorithm>
-#include <charconv>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <string_view>
 #include <system_error>
-#include <vector>
 
 #include "base/error.h"
+#include "base/file.h"
 
 namespace dsv3 {
 namespace fs = std::filesystem;
 namespace {
 
-/// A run is there once a step was reported or weights were saved; one that failed before that left
-/// nothing to lose.
+fs::path without_trailing_slash(const fs::path& path) {
+  return path.has_filename() ? path : path.parent_path();
+}
+
+/// Whether a line of metrics.jsonl is whole and belongs to a step up to `step`.
+bool keeps(std::string_view line, int64_t step) {
+  const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) return false;
+  const auto found = json.find("step");
+  return found != json.end() && found->is_number_integer() && found->get<int64_t>() <= step;
+}
+
+}  // namespace
+
 bool holds_run(const fs::path& directory) {
   const fs::path metrics = directory / "metrics.jsonl", checkpoints = directory / "checkpoints";
   return (fs::is_regular_file(metrics) && fs::file_size(metrics) > 0) ||
          (fs::is_directory(checkpoints) && !fs::is_empty(checkpoints));
 }
 
-fs::path without_trailing_slash(const fs::path& path) {
-  return path.has_filename() ? path : path.parent_path();
-}
-
-/// N of "step_N", -1 for other names.
-int64_t step_of(const fs::path& checkpoint) {
-  const std::string name = checkpoint.filename().string();
-  constexpr std::string_view kPrefix = "step_";
-  if (!name.starts_with(kPrefix)) return -1;
-  int64_t step = -1;
-  const char* end = name.data() + name.size();
-  const auto [stop, error] = std::from_chars(name.data() + kPrefix.size(), end, step);
-  return error == std::errc() && stop == end ? step : -1;
-}
-
-}  // namespace
-
-void require_free_directory(const fs::path& given, bool overwrite) {
-  const fs::path directory = without_trailing_slash(given);
-  require(!fs::exists(directory) || fs::is_directory(directory),
-          "{} is a file; a run needs a directory", directory.string());
-  require(overwrite || !holds_run(directory),
-          "{} already holds a run; choose another with --out, or --overwrite to move it aside",
-          directory.string());
-}
-
-std::optional<fs::path> prepare_run_directory(const fs::path& given, bool overwrite) {
+std::optional<fs::path> prepare_run_directory(const fs::path& given) {
   const fs::path directory = without_trailing_slash(given);
   std::optional<fs::path> moved;
   try {
-    require_free_directory(directory, overwrite);
+    require(!fs::exists(directory) || fs::is_directory(directory),
+            "{} is a file; a run needs a directory", directory.string());
     if (holds_run(directory)) {
       for (int i = 1; !moved; ++i) {
         fs::path aside = directory;
@@ -65,20 +58,39 @@ std::optional<fs::path> prepare_run_directory(const fs::path& given, bool overwr
   return moved;
 }
 
-void prune_checkpoints(const fs::path& run, int64_t keep) {
-  if (keep <= 0) return;
-  std::vector<std::pair<int64_t, fs::path>> found;
-  try {
-    for (const auto& entry : fs::directory_iterator(run / "checkpoints")) {
-      const int64_t step = step_of(entry.path());
-      if (step >= 0 && entry.is_directory()) found.emplace_back(step, entry.path());
+int64_t drop_metrics_after(const fs::path& metrics, int64_t step) {
+  if (!fs::exists(metrics)) return 0;
+  const std::string text = read_file(metrics);
+  std::string kept;
+  int64_t dropped = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t newline = text.find('\n', begin);
+    const size_t end = newline == std::string::npos ? text.size() : newline;
+    const auto line = std::string_view(text).substr(begin, end - begin);
+    if (newline != std::string::npos && keeps(line, step)) {
+      kept += line;
+      kept += '\n';
+    } else {
+      ++dropped;
     }
-    std::ranges::sort(found, std::greater<>());
-    for (size_t i = static_cast<size_t>(keep); i < found.size(); ++i)
-      fs::remove_all(found[i].second);
-  } catch (const fs::filesystem_error& error) {
-    throw IoError(fmt::format("cannot remove old checkpoints: {}", error.what()));
+    begin = end + 1;
   }
+  if (dropped > 0) write_file_atomically(metrics, kept);
+  return dropped;
+}
+
+RunLock::RunLock(const fs::path& directory) {
+  const fs::path path = directory / ".lock";
+  fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (fd_ < 0)
+    throw IoError(fmt::format("cannot write to {}: {}", directory.string(), std::strerror(errno)));
+  if (::flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+  ::close(fd_);
+  throw IoError(fmt::format("another process is training in {}", directory.string()));
+}
+
+RunLock::~RunLock() {
+  if (fd_ >= 0) ::close(fd_);
 }
 
 }  // namespace dsv3

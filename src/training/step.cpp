@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "ops/autograd.h"
+#include "ops/range.h"
 
 namespace dsv3 {
 namespace {
@@ -20,11 +21,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 at::Tensor scalar_on(const at::Device& device, double value) {
   return at::full({}, value, at::TensorOptions(at::kFloat).device(device));
-}
-
-/// A batch without a valid token weighs nothing, and divides by nothing.
-double per_token(int64_t valid) {
-  return valid > 0 ? 1.0 / static_cast<double>(valid) : 0.0;
 }
 
 LossScales make_scales(const GlobalBatch& batch, const GradientOptions& options) {
@@ -53,6 +49,10 @@ at::Tensor scalars_of(const LossOutput& output) {
 
 }  // namespace
 
+double per_token(int64_t valid) {
+  return valid > 0 ? 1.0 / static_cast<double>(valid) : 0.0;
+}
+
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
                               const GradientOptions& options, PhaseTimer* timer) {
   const auto begin = [timer](Phase phase) {
@@ -61,12 +61,21 @@ StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
   begin(Phase::kForward);
   const LossScales scales = make_scales(batch, options);
   StepSums sums;
-  for (const auto& micro_batch : batch.micro_batches) {
+  for (size_t i = 0; i < batch.micro_batches.size(); ++i) {
+    const ops::Range range("micro-batch", static_cast<int64_t>(i));
+    const TokenBatch tokens =
+        to_device(batch.micro_batches[i], options.device, options.mask_documents);
+    LossOutput output;
     begin(Phase::kForward);
-    const TokenBatch tokens = to_device(micro_batch, options.device, options.mask_documents);
-    const LossOutput output = model.loss(tokens, scales, options.recompute);
-    begin(Phase::kBackward);
-    output.objective.backward();
+    {
+      const ops::Range forward("forward");
+      output = model.loss(tokens, scales, options.recompute);
+    }
+    {
+      const ops::Range backward("backward");
+      begin(Phase::kBackward);
+      output.objective.backward();
+    }
     const ops::NoRecord guard;
     const at::Tensor scalars = scalars_of(output);
     sums.scalars = sums.scalars.defined() ? sums.scalars + scalars : scalars;
@@ -82,7 +91,9 @@ PendingNumbers::PendingNumbers(const StepSums& sums, const GradientNorm& norm,
       sequences_(batch.sequences),
       mtp_valid_(batch.mtp_valid) {
   const ops::NoRecord guard;
-  std::vector<at::Tensor> parts{sums.scalars, norm.norm.to(at::kDouble).reshape({1}), norm.moved};
+  std::vector<at::Tensor> parts{
+      sums.scalars, norm.norm.to(at::kDouble).reshape({1}), norm.skip.to(at::kDouble).reshape({1}),
+      norm.moved.defined() ? norm.moved : at::zeros({2}, sums.scalars.options())};
   if (sums.load.tokens.defined()) {
     moe_layers_ = sums.load.tokens.size(0);
     num_experts_ = sums.load.tokens.size(1);
@@ -115,6 +126,7 @@ StepNumbers PendingNumbers::wait() {
     numbers.mtp_acceptances.push_back(take() * per_token(valid));
   }
   numbers.grad_norm = take();
+  numbers.skip = static_cast<int>(take());
   const double update = take(), weight = take();
   numbers.update_to_weight = weight > 0 ? std::sqrt(update / weight) : kNan;
   numbers.balance_loss =

@@ -39,12 +39,16 @@ struct StepSums {
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
                               const GradientOptions& options, PhaseTimer* timer = nullptr);
 
+/// 1 / valid; 0 for a batch without a valid token, which weighs nothing.
+double per_token(int64_t valid);
+
 /// The numbers of one step that leave the device, in one small copy. docs/metrics.md has the
 /// formulas.
 struct StepNumbers {
   using Layer = std::array<double, kernels::kNumLoadStatistics>;
 
   double loss = 0, accuracy = 0, grad_norm = 0;
+  int skip = 0;                         // why the step changed nothing (GradientNorm::skip)
   double update_to_weight = 0;          // NaN when nothing was updated
   std::vector<double> mtp_losses;       // by depth
   std::vector<double> mtp_acceptances;  // by depth

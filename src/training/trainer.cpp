@@ -2,13 +2,12 @@
 
 #include "base/error.h"
 #include "base/file.h"
-#include "checkpoint/weights.h"
 #include "config/load.h"
 #include "monitor/hardware.h"
 #include "ops/attention.h"
+#include "ops/range.h"
 #include "planner/flops.h"
 #include "training/device.h"
-#include "training/run_directory.h"
 
 namespace dsv3 {
 
@@ -21,11 +20,27 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
   require(config_.training.steps > 0, "training.steps: {}, but a run needs at least 1",
           config_.training.steps);
   configure_process(config_.training.num_threads, config_.training.deterministic);
-  // An earlier run is moved aside only when this one has its data and its memory.
-  require_free_directory(options_.directory, options_.overwrite);
+  std::optional<ResumePoint> point;
+  const auto source = resume_source();
+  std::vector<std::string> notes;
+  if (holds_run(options_.directory)) lock_ = std::make_unique<RunLock>(options_.directory);
+  if (!options_.overwrite) {
+    point = find_resume_point(source, options_.from_step);
+    if (point) notes = allowed_changes(point->config, config_, source);
+    for (std::string& note : notes) note = "changed   " + note;
+  }
+  // The directory is touched only when this run has its data and its memory.
   open_data();
   build_model();
-  const auto moved = prepare_run_directory(options_.directory, options_.overwrite);
+  if (point) restore(*point);
+  if (point && options_.resume_from.empty()) {
+    for (std::string& note : settle_directory(*point)) notes.push_back(std::move(note));
+  } else {
+    lock_.reset();
+    const auto moved = prepare_run_directory(options_.directory);
+    lock_ = std::make_unique<RunLock>(options_.directory);
+    if (moved) notes.push_back(fmt::format("the earlier run was moved to {}", moved->string()));
+  }
   monitor_ = std::make_unique<RunMonitor>(
       options_.directory,
       Console::Options{.out = options_.console,
@@ -35,8 +50,9 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
                        .bits_per_byte = config_.data.tokenizer == "bytes"},
       config_);
   write_file_atomically(options_.directory / "config.yaml", to_yaml(config_));
-  if (moved) monitor_->info(fmt::format("the earlier run was moved to {}", moved->string()));
   announce();
+  for (const std::string& note : notes) monitor_->info(note);
+  if (point) monitor_->event(steps_done_, "resume", {{"checkpoint", point->checkpoint.string()}});
 }
 
 Trainer::~Trainer() = default;
@@ -80,11 +96,24 @@ void Trainer::build_model() {
                                           .moment_dtype = optimizer.moment_dtype,
                                           .stochastic_rounding = optimizer.stochastic_rounding,
                                           .seed = static_cast<uint64_t>(config_.training.seed)});
+  saver_ = std::make_unique<Saver>(parameters_, config_.model,
+                                   Saver::Options{.keep_last = config_.checkpoint.keep_last,
+                                                  .keep_every = config_.checkpoint.keep_every});
+  policy_.emplace(config_.checkpoint, 0.0);
+  watch_ = std::make_unique<StepWatch>(config_.training, parameters_);
+  if (config_.training.ema.decay > 0)
+    ema_ = std::make_unique<Ema>(config_.training.ema, optimizer_->weights());
+  if (ema_) ema_->before_average = [this] { saver_->before_change(at::Device(at::kCPU)); };
   flops_per_token_ = flops_per_token(config_.model, parameters_, config_.data.sequence_length);
   if (device_.is_cuda()) peak_tflops_ = peak_bf16_tflops(device_name(device_));
 }
 
+const std::filesystem::path& Trainer::resume_source() const {
+  return options_.resume_from.empty() ? options_.directory : options_.resume_from;
+}
+
 GlobalBatch Trainer::next_global_batch() {
+  const ops::Range range("data");
   const int64_t micro = config_.training.micro_batch_size;
   const int64_t sequences = global_batch_at(config_, steps_done_, tokens_done_);
   std::vector<Batch> batches;
@@ -93,19 +122,25 @@ GlobalBatch Trainer::next_global_batch() {
                            config_.data.mask_across_documents);
 }
 
+StepSums Trainer::accumulate(const GlobalBatch& batch, PhaseTimer* timer) const {
+  return accumulate_gradients(
+      *model_, batch,
+      {.device = device_,
+       .mask_documents = config_.data.mask_across_documents,
+       .recompute = config_.training.recompute,
+       .balance_alpha = config_.model.moe.sequence_loss_alpha,
+       .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)},
+      timer);
+}
+
 PendingNumbers Trainer::step() {
+  const ops::Range range("step", steps_done_ + 1);
   const auto start = Clock::now();
   const GlobalBatch batch = next_global_batch();
   info_.data_seconds = seconds_between(start, Clock::now());
-  const GradientOptions options{
-      .device = device_,
-      .mask_documents = config_.data.mask_across_documents,
-      .recompute = config_.training.recompute,
-      .balance_alpha = config_.model.moe.sequence_loss_alpha,
-      .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)};
   PhaseTimer timer(device_);
   const auto calls_before = ops::attention_calls();
-  const StepSums sums = accumulate_gradients(*model_, batch, options, &timer);
+  const StepSums sums = accumulate(batch, &timer);
   const auto calls = ops::attention_calls();
   timer.begin(Phase::kOptimizer);
   // Note: the learning rate is that at the END of the step, so that a warm-up from 0 does not waste
@@ -113,17 +148,27 @@ PendingNumbers Trainer::step() {
   const double learning_rate =
       config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
   const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
-  const GradientNorm norm = optimizer_->step(learning_rate);
+  const ops::Range update("optimizer");
+  GradientNorm norm = optimizer_->decide(watch_->guard(steps_done_ + 1, sums, batch));
+  watch_->locate(norm, steps_done_ + 1);
+  saver_->before_change(device_);  // a save under way still reads what changes now
+  if (ema_) ema_->before_change();
+  optimizer_->apply(learning_rate, norm);
   if (sums.load.tokens.defined() && config_.model.moe.use_bias && bias_rate != 0)
-    model_->update_router_biases(sums.load.tokens, bias_rate);
+    model_->update_router_biases(sums.load.tokens, bias_rate, norm.skip);
   timer.end();
   ++steps_done_;
+  if (ema_) ema_->after_step(steps_done_);
   tokens_done_ += batch.tokens;
   info_.step = steps_done_;
   info_.tokens_done = tokens_done_;
   info_.tokens = batch.tokens;
   info_.sequences = batch.sequences;
   info_.learning_rate = learning_rate;
+  info_.origins.clear();
+  for (const auto& micro_batch : batch.micro_batches)
+    info_.origins.insert(info_.origins.end(), micro_batch.origins.begin(),
+                         micro_batch.origins.end());
   info_.checkpoint_seconds = std::exchange(checkpoint_seconds_, 0.0);
   const auto attended = std::max<int64_t>(1, calls.all - calls_before.all);
   info_.fallback_rate =
@@ -137,51 +182,49 @@ PendingNumbers Trainer::step() {
        .timer = std::move(timer)}};
 }
 
-void Trainer::save() {
-  const auto start = Clock::now();
-  const auto directory = checkpoint_directory(options_.directory, steps_done_);
-  SaveOptions options;
-  options.eos_token_ids = {tokenizer().specials().end_of_document};
-  options.extra_files = {{"dsv3.yaml", to_yaml(config_)}};
-  save_weights(directory, parameters_, config_.model, options);
-  saved_ = directory;
-  monitor_->info(fmt::format("saved     {}", directory.string()));
-  prune_checkpoints(options_.directory, config_.checkpoint.keep_last);
-  checkpoint_seconds_ += seconds_between(start, Clock::now());
-}
-
 bool Trainer::wants_layers(int64_t step) const {
   const int64_t every = config_.monitor.per_layer_every;
-  return every > 0 && (step == 1 || step % every == 0 || step == config_.training.steps);
-}
-
-std::optional<StopReason> Trainer::stop_reason() const {
-  if (steps_done_ >= config_.training.steps) return StopReason::kFinished;
-  if (options_.stop_requested && options_.stop_requested()) return StopReason::kRequested;
-  const double limit = config_.training.time_limit_minutes * 60;
-  if (limit > 0 && steps_done_ > 0 && seconds_between(started_, Clock::now()) >= limit)
-    return StopReason::kTimeLimit;
-  return std::nullopt;
+  return every > 0 && (step == 1 || step % every == 0);
 }
 
 void Trainer::profile_before_step() {
-  if (options_.profile_first > 0 && steps_done_ + 1 == options_.profile_first)
+  if (config_.profile.steps.first > 0 && steps_done_ + 1 == config_.profile.steps.first)
     profiler_.start(device_.is_cuda());
 }
 
 void Trainer::profile_after_step() {
-  if (!profiler_.running() || steps_done_ < options_.profile_last) return;
+  if (!profiler_.running() || steps_done_ < config_.profile.steps.last) return;
   const auto directory = options_.directory / "profile";
   std::filesystem::create_directories(directory);
   const auto trace =
-      directory / fmt::format("steps_{}_{}.json", options_.profile_first, options_.profile_last);
+      directory / fmt::format("steps_{}_{}.json", config_.profile.steps.first, steps_done_);
   profiler_.stop(trace);
   monitor_->info(fmt::format("profile   {}", trace.string()));
+}
+
+void Trainer::train_to(int64_t last) {
+  mark_ = Clock::now();
+  while (steps_done_ < last) {
+    PendingNumbers numbers = step();
+    report(std::move(numbers), info_);
+  }
 }
 
 TrainingResult Trainer::run() {
   const auto due = [this](int64_t every) { return every > 0 && steps_done_ % every == 0; };
   started_ = mark_ = Clock::now();
+  if (finished_ && steps_done_ >= config_.training.steps)
+    return {.reason = StopReason::kFinished,
+            .steps = steps_done_,
+            .evaluation = {},
+            .checkpoint = saved_};
+  if (device_.is_cuda() &&
+      (config_.checkpoint.every_steps > 0 || config_.checkpoint.every_minutes > 0))
+    saver_->prepare(saved_state());
+  // A stop may have come between a step and its evaluation.
+  if (steps_done_ > 0 && steps_done_ < config_.training.steps && due(config_.training.eval_every) &&
+      evaluated_step_ != steps_done_)
+    evaluate_now();
   std::optional<StopReason> reason;
   std::optional<std::pair<PendingNumbers, StepInfo>> pending;
   while (!(reason = stop_reason())) {
@@ -191,28 +234,49 @@ TrainingResult Trainer::run() {
     // On CUDA the step before is read while this one runs; the host is then always one step ahead.
     if (pending) report(std::move(pending->first), pending->second);
     pending.emplace(std::move(numbers), info_);
-    const bool pause = due(config_.training.eval_every) || due(config_.checkpoint.every_steps);
+    finish_save(saver_->poll());
+    const bool requested = options_.save_requested && options_.save_requested();
+    const bool save = policy_->due(steps_done_, seconds_between(started_, Clock::now()), requested);
+    const bool pause = due(config_.training.eval_every) || save;
     if (device_.is_cuda() && !pause) continue;
     report(std::move(pending->first), pending->second);
     pending.reset();
     if (steps_done_ >= config_.training.steps) continue;
     if (due(config_.training.eval_every)) evaluate_now();
-    if (due(config_.checkpoint.every_steps)) save();
+    // Note: a save amid skipped steps could push the last good checkpoint out.
+    if (save && watch_->skipping()) {
+      policy_->failed(steps_done_);
+    } else if (save) {
+      start_save();
+    }
     if (pause) mark_ = Clock::now();
   }
   if (pending) report(std::move(pending->first), pending->second);
+  return finish(*reason);
+}
 
-  TrainingResult result{
-      .reason = *reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
-  if (*reason == StopReason::kTimeLimit)
+TrainingResult Trainer::finish(StopReason reason) {
+  finish_save(saver_->wait());
+  TrainingResult result{.reason = reason, .steps = steps_done_, .evaluation = {}, .checkpoint = {}};
+  if (reason == StopReason::kTimeLimit)
     monitor_->info(fmt::format("the time limit of {} minutes is reached after step {}",
                                config_.training.time_limit_minutes, steps_done_));
-  if (*reason == StopReason::kRequested)
+  if (reason == StopReason::kWallClock)
+    monitor_->info(fmt::format("the limit of {} is near: stopped after step {}",
+                               short_time(options_.wall_clock_limit), steps_done_));
+  if (reason == StopReason::kRequested)
     monitor_->info(fmt::format("stopped after step {}", steps_done_));
-  if (*reason != StopReason::kRequested) result.evaluation = evaluate_now();
-  if (options_.stop_requested && options_.stop_requested()) result.reason = StopReason::kRequested;
-  save();
+  const bool evaluates = reason == StopReason::kFinished || reason == StopReason::kTimeLimit;
+  if (evaluates) result.evaluation = evaluate_now();
+  const bool whole = !validation_ || result.evaluation.has_value();
+  if (evaluates && !whole)
+    result.reason = options_.stop_requested && options_.stop_requested() ? StopReason::kRequested
+                                                                         : StopReason::kWallClock;
+  finished_ = reason == StopReason::kFinished && whole;
+  save_at_end();
   result.checkpoint = saved_;
+  const char* why[] = {"finished", "time_limit", "wall_clock", "requested"};
+  monitor_->event(steps_done_, "stopped", {{"reason", why[static_cast<size_t>(result.reason)]}});
   return result;
 }
 

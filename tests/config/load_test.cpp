@@ -221,6 +221,10 @@ class RandomConfig {
       if (const auto* text = std::get_if<std::string*>(&slot))
         **text = field.choices.empty() ? words() : field.choices[pick(field.choices.size())];
       if (const auto* schedule = std::get_if<Schedule*>(&slot)) **schedule = pieces(field.range);
+      if (const auto* range = std::get_if<StepRange*>(&slot); range != nullptr && pick(2) == 0) {
+        (*range)->first = whole({1, 1000});
+        (*range)->last = (*range)->first + whole({0, 9});
+      }
       if (const auto* sources = std::get_if<std::vector<DataSource>*>(&slot)) {
         (*sources)->clear();
         for (size_t i = pick(3); i > 0; --i)

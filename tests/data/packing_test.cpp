@@ -98,6 +98,35 @@ TEST(Packing, SequencesAreTheStreamOnceThrough) {
   }
 }
 
+TEST(Packing, SpansTellWhereTheLabelsOfASequenceCameFrom) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(seed);
+  std::mt19937_64 random(seed);
+  const ByteTokenizer tokenizer;
+  for (int round = 0; round < 30; ++round) {
+    const auto documents =
+        random_documents(random, 2 + static_cast<int64_t>(random() % 20), 1 + random() % 60);
+    const auto length = 1 + static_cast<int64_t>(random() % 40);
+    const bool wrap = random() % 2 == 0;
+    const PackedStream stream(documents, {.every = 2}, tokenizer,
+                              {.sequence_length = length,
+                               .seed = seed,
+                               .shuffle = random() % 2 == 0,
+                               .fim_rate = 0.5,
+                               .wrap = wrap});
+    for (int64_t k = 0; k < 2 * stream.num_samples(); ++k) {
+      std::vector<int32_t> labels;
+      for (const auto& span : stream.spans(k)) {
+        const auto document = stream.packed_document(span.document);
+        const auto begin = document.begin() + span.offset;
+        labels.insert(labels.end(), begin, begin + span.count);
+      }
+      labels.resize(static_cast<size_t>(length), kIgnoreLabelId);
+      EXPECT_EQ(labels, one_row(stream, length, k).labels);
+    }
+  }
+}
+
 TEST(Packing, MaskedDocumentsStandAlone) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(seed);

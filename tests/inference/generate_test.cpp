@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/file.h"
+#include "checkpoint/catalogue.h"
 #include "checkpoint/temporary_directory.h"
 #include "checkpoint/weights.h"
 #include "config/load.h"

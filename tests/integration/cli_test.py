@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DSV3 = ""
-COMMANDS = ["train", "config", "plan", "eval", "generate", "data", "bench", "verify"]
+COMMANDS = ["train", "config", "plan", "checkpoint", "eval", "generate", "data", "bench", "verify"]
 
 
 def run(*command, **options):
@@ -119,6 +119,67 @@ class Program(unittest.TestCase):
         for operator in ("rms_norm", "attention", "grouped_linear", "route", "combine", "head_cross_entropy"):
             self.assertRegex(result.stdout, rf"(?m)^  {operator} +cpu +fp32 .* ok")
         self.assertNotIn("\033", result.stdout)
+
+
+TINY = """
+model: {dtype: fp32, num_layers: 2, hidden_size: 32, intermediate_size: 48, max_position_embeddings: 64,
+        mla: {num_heads: 2, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8},
+        moe: {num_experts: 4, num_experts_per_token: 2, moe_intermediate_size: 16},
+        mtp: {num_nextn_predict_layers: 1}}
+data: {train: [TEXT], document_split: line, validation_every: 3, sequence_length: 16, num_workers: 1}
+training: {steps: 6, micro_batch_size: 2, global_batch_size: 4, device: cpu, num_threads: 1, sample_tokens: 0}
+optimizer: {learning_rate: 3.0e-3}
+"""
+
+
+class Faults(unittest.TestCase):
+    """A run's average, its replay, and its end when numbers stay bad."""
+
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.directory = Path(self.temporary.name)
+        text = self.directory / "text.txt"
+        text.write_text("in the beginning was the word\nand the word was in the beginning\n" * 30)
+        self.config = self.directory / "tiny.yaml"
+        self.config.write_text(TINY.replace("TEXT", str(text)))
+
+    def train(self, name, *overrides):
+        out = self.directory / name
+        return out, run(DSV3, "train", self.config, *overrides, "--out", out)
+
+    def test_average_and_replay(self):
+        out, result = self.train("run", "training.ema.decay=0.9", "training.ema.evaluate=true", "checkpoint.every_steps=2")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("averaged weights: loss", result.stdout)
+        losses = [json.loads(run(DSV3, "eval", out, "--json", *words).stdout)["loss"] for words in ([], ["--ema"])]
+        self.assertNotEqual(*losses)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "eval/ema_loss" in line][-1]
+        for loss, key in zip(losses, ("eval/loss", "eval/ema_loss")):
+            self.assertAlmostEqual(loss, last[key], delta=1e-4 * loss)
+        self.assertEqual(run(DSV3, "generate", out, "--ema", "--tokens", 4).returncode, 0)
+
+        before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+        replay = run(DSV3, "train", out, "--replay", 5)
+        self.assertEqual((replay.returncode, replay.stderr), (0, ""))
+        self.assertIn("step 5, replayed from the checkpoint of step 4", replay.stdout)
+        self.assertIn("every number of this step is finite", replay.stdout)
+        self.assertRegex(replay.stdout, r"(?m)^ +1  moe +[\d.e+-]+ +[\d.e+-]+ +0$")
+        self.assertEqual(sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")), before)
+        wrong = run(DSV3, "train", out, "--replay", 4, "--steps", 9)
+        self.assertEqual(wrong.returncode, 2)
+        self.assertIn("--device alone", wrong.stderr)
+
+    def test_bad_numbers_that_stay_end_the_run(self):
+        out, result = self.train("bad", "optimizer.learning_rate=1e9", "training.max_skipped_steps=3")
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr, r"\Adsv3: error: the last 3 steps up to 4 were all skipped[^\n]+--replay 4[^\n]+\n\Z")
+        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "event" in line]
+        skipped = [event for event in events if event["event"] == "skipped_step"]
+        self.assertEqual([event["step"] for event in skipped], [2, 3, 4])
+        self.assertEqual([len(event["samples"]) for event in skipped], [4, 4, 4])
+        self.assertEqual(list((out / "checkpoints").iterdir()), [])
 
 
 class Bench(unittest.TestCase):

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/optimizer.h"
 #include "support/compare.h"
 #include "support/random.h"
 
@@ -124,7 +125,7 @@ TEST_P(AdamWTest, FollowsTheFormulaInFloat64) {
       const double expected_norm = plain.update(gradients, 1e-2);
       const GradientNorm norm = optimizer.step(1e-2);
       EXPECT_NEAR(norm.norm.item<float>(), expected_norm, 1e-5 * expected_norm);
-      EXPECT_EQ(norm.not_finite.item<int>(), 0);
+      EXPECT_EQ(norm.skip.item<int>(), 0);
       const Numbers moved = numbers_of(norm.moved);
       const double near = c.weights == at::kFloat ? 1e-5 : 2e-2;
       EXPECT_NEAR(moved[0], plain.moved, near * plain.moved);
@@ -180,8 +181,9 @@ TEST_P(AdamWTest, ANormThatIsNoNumberChangesNothing) {
     buckets[1].grads[3].fill_(bad);
     buckets[0].grads.fill_(1.0);
     const GradientNorm norm = optimizer.step(0.1);
-    EXPECT_EQ(norm.not_finite.item<int>(), 1);
+    EXPECT_EQ(norm.skip.item<int>(), kernels::kSkipNotFinite);
     EXPECT_EQ(numbers_of(norm.moved), (Numbers{0, 0}));
+    EXPECT_EQ(optimizer.steps_done(), 0);
     EXPECT_TRUE(test::same_bits(buckets[0].values, before));
     EXPECT_EQ(buckets[1].grads.ne(0).sum().item<int64_t>(), 0) << "the bad gradient must not stay";
   }
@@ -204,6 +206,41 @@ TEST_P(AdamWTest, HowFarTheWeightsMovedIsSummedOverEveryPart) {
       EXPECT_NEAR(moved[1], weight, 1e-6 * weight) << size << ", " << decay_end;
     }
   }
+}
+
+TEST_P(AdamWTest, ASkippedStepIsAsIfItHadNotBeen) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const auto losses = [&](double loss, double other) {
+    return tensor_of({loss, other}, at::kDouble, GetParam());
+  };
+  // Two runs with the same gradients; the second one meets bad losses and a spike on the way.
+  std::vector<at::Tensor> found;
+  for (const bool disturbed : {false, true}) {
+    random_ = test::Random(seed_);
+    std::vector<Bucket> buckets{make_bucket(1000, 500, at::kBFloat16, at::kFloat)};
+    AdamW optimizer(buckets, {.moment_dtype = DType::kBF16});
+    const StepGuard good{.losses = losses(8, 1), .loss_scale = 0.25, .loss_limit = 2.0};
+    for (int step = 0; step < 4; ++step) {
+      draw_gradients(buckets[0], 1.0);
+      EXPECT_EQ(optimizer.step(1e-2, good).skip.item<int>(), 0);
+      if (!disturbed) continue;
+      const auto skip_of = [&](const StepGuard& guard) {
+        buckets[0].grads.fill_(0.5);
+        const int skip = optimizer.step(1e-2, guard).skip.item<int>();
+        EXPECT_EQ(buckets[0].grads.ne(0).sum().item<int64_t>(), 0);
+        return skip;
+      };
+      EXPECT_EQ(skip_of({.losses = losses(kNan, 1)}), kernels::kSkipNotFinite);
+      EXPECT_EQ(skip_of({.losses = losses(1, -kInfinity)}), kernels::kSkipNotFinite);
+      EXPECT_EQ(skip_of({.losses = losses(8.001, 1), .loss_scale = 0.25, .loss_limit = 2.0}),
+                kernels::kSkipSpike);
+    }
+    EXPECT_EQ(optimizer.steps_done(), 4);
+    found.push_back(buckets[0].values.clone());
+  }
+  EXPECT_TRUE(test::same_bits(found[0], found[1]));
 }
 
 TEST_P(AdamWTest, TwoRunsGiveTheSameBits) {

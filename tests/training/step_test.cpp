@@ -1,6 +1,7 @@
 #include "training/step.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
@@ -8,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "kernels/optimizer.h"
 #include "support/compare.h"
 #include "training/tiny.h"
 
@@ -123,7 +125,9 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
   const auto outcome = run(split(whole, 1), {.mtp_weight = 0.3});
   const at::Tensor moved =
       at::tensor({0.04, 4.0}, at::TensorOptions(at::kDouble).device(GetParam()));
-  const GradientNorm norm{outcome.gradients.norm(), {}, moved};
+  const GradientNorm norm{
+      outcome.gradients.norm(),
+      at::full({}, kernels::kSkipSpike, at::TensorOptions(at::kInt).device(GetParam())), moved};
   const auto numbers =
       PendingNumbers(outcome.sums, norm, global, {.biases = {}, .with_loads = true, .timer = {}})
           .wait();
@@ -134,6 +138,7 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
   EXPECT_DOUBLE_EQ(numbers.loss * static_cast<double>(global.valid),
                    outcome.sums.scalars[0].item<double>());
   EXPECT_FLOAT_EQ(static_cast<float>(numbers.grad_norm), outcome.gradients.norm().item<float>());
+  EXPECT_EQ(numbers.skip, kernels::kSkipSpike);
   EXPECT_NEAR(numbers.update_to_weight, 0.1, 1e-12);
   const at::Tensor loads = outcome.sums.load.tokens.to(at::kCPU, at::kDouble);
   ASSERT_EQ(numbers.layers.size(), 2u);
@@ -155,7 +160,7 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
 TEST_P(StepTest, AStepThatMovedNothingHasNoRatio) {
   StepSums sums;
   sums.scalars = at::zeros({3}, at::TensorOptions(at::kDouble).device(GetParam()));
-  const GradientNorm norm{sums.scalars[0], {}, at::zeros({2}, sums.scalars.options())};
+  const GradientNorm norm{sums.scalars[0], sums.scalars[1], at::zeros({2}, sums.scalars.options())};
   GlobalBatch batch;
   batch.valid = batch.sequences = 1;
   const auto numbers = PendingNumbers(sums, norm, batch).wait();

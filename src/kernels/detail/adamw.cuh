@@ -20,6 +20,13 @@ struct FastMath {
   __device__ static float quotient(float a, float b) { return a * ptx::reciprocal_approx(b); }
 };
 
+/// The factors of a step whose number only the device knows.
+__device__ __forceinline__ void take_corrections(const AdamW& p, AdamWFactors& f) {
+  if (p.corrections == nullptr) return;
+  f.step_size = p.learning_rate / p.corrections[0];
+  f.root_scale = 1.0f / sqrtf(p.corrections[1]);
+}
+
 template <typename T, bool kStochastic>
 inline constexpr bool kRandom = kStochastic&& std::is_same_v<T, __nv_bfloat16>;
 
