@@ -48,14 +48,14 @@ struct StepNumbers {
   using Layer = std::array<double, kernels::kNumLoadStatistics>;
 
   double loss = 0, accuracy = 0, grad_norm = 0;
-  int skip = 0;                         // why the step changed nothing (GradientNorm::skip)
-  double update_to_weight = 0;          // NaN when nothing was updated
-  std::vector<double> mtp_losses;       // by depth
-  std::vector<double> mtp_acceptances;  // by depth
-  double balance_loss = 0;              // per sequence, mean over MoE layers; NaN without
-  std::vector<Layer> layers;            // by MoE layer; kernels::LoadStatistic names the columns
-  std::vector<std::vector<int64_t>> loads;  // [num_moe_layers][E], only when asked for
-  PhaseSeconds seconds{};                   // zeros without a timer
+  int skip = 0;                              // why the step changed nothing (GradientNorm::skip)
+  double update_to_weight = 0;               // NaN when nothing was updated
+  std::vector<double> mtp_losses = {};       // by depth
+  std::vector<double> mtp_acceptances = {};  // by depth
+  double balance_loss = 0;                   // per sequence, mean over MoE layers; NaN without
+  std::vector<Layer> layers = {};  // by MoE layer; kernels::LoadStatistic names the columns
+  std::vector<std::vector<int64_t>> loads = {};  // [num_moe_layers][E], only when asked for
+  PhaseSeconds seconds{};                        // zeros without a timer
 };
 
 /// What a step reports besides its sums.
