@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #   bench/gpu_session.sh OUT [--parts LIST] [--bin DIR] [--shape v3|lite12|small|all] [--seconds N]
-#   bench/gpu_session.sh --pack DIR
+#   bench/gpu_session.sh --pack FILE.tar.gz
 #
 # Checks and times everything on a machine with a GPU in one go; builds nothing. Writes logs and JSON lines into the
 # directory OUT and ends with a summary. LIST holds, in this order and separated by commas (default: all of them):
@@ -14,15 +14,15 @@
 # does not stop the rest. Exit code 0: every part passed.
 #
 # --bin names the directory of the programs (default: build/release/bin). --pack copies the programs, and the shared
-# libraries beside LibTorch that they need, into DIR/bin and DIR/lib for a machine that has Python with torch but no
-# build: there, give --bin DIR/bin.
+# libraries beside LibTorch that they need, as bin/ and lib/ for a machine that has Python with torch but no build:
+# unpack it there and give --bin DIR/bin.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 here=$PWD
 cd "$root"
 export PATH="$PATH:/usr/local/cuda/bin"
 
-tests=(ops_test optim_test mla_test moe_test model_test training_test)
+tests=(ops_test optim_test mla_test moe_test training_test)
 # Short cases with a GPU. Attention is LibTorch's own there; normal_fill has neither shared memory nor neighbours.
 sanitized='*cuda*:-*Attention*:*Normal*'
 
@@ -30,22 +30,26 @@ sanitized='*cuda*:-*Attention*:*Normal*'
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 
 pack() {
-  mkdir -p "$1/bin" "$1/lib"
+  local dir
+  dir=$(mktemp -d)
+  mkdir -p "$dir/bin" "$dir/lib"
   for program in dsv3 "${tests[@]}"; do
     [ -x "build/release/bin/$program" ] || die "build/release/bin/$program is missing (scripts/build_kernels.sh)"
-    strip -o "$1/bin/$program" "build/release/bin/$program"
+    strip -o "$dir/bin/$program" "build/release/bin/$program"
     # Not LibTorch's, and not what every Linux has.
     ldd "build/release/bin/$program" | awk '$3 ~ /^\// && $3 !~ /\/(torch|nvidia)\// {print $3}' |
-      grep -Ev '/(ld-linux|lib(c|m|dl|rt|util|pthread|gcc_s|z|zstd|stdc\+\+))[.-]' | xargs -r cp -uL -t "$1/lib"
+      grep -Ev '/(ld-linux|lib(c|m|dl|rt|util|pthread|gcc_s|z|zstd|stdc\+\+))[.-]' | xargs -r cp -uL -t "$dir/lib"
   done
-  say "$1: $(du -sh "$1" | cut -f1)"
+  tar -C "$dir" -czf "$1" bin lib || die "cannot write $1"
+  rm -rf "$dir"
+  say "$1: $(du -h "$1" | cut -f1)"
 }
 
 out="" parts=verify,tests,bench,speed,memcheck,racecheck programs=$root/build/release/bin shape=all budget=3600
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage && exit 0 ;;
-    --pack) [ $# -eq 2 ] || die "--pack takes one directory" && pack "$(absolute "$2")" && exit 0 ;;
+    --pack) [ $# -eq 2 ] || die "--pack takes one file" && pack "$(absolute "$2")" && exit 0 ;;
     --parts | --bin | --shape | --seconds)
       [ $# -ge 2 ] || die "$1 needs a value"
       case "$1" in --parts) parts=$2 ;; --bin) programs=$(absolute "$2") ;; --shape) shape=$2 ;; --seconds) budget=$2 ;; esac

@@ -2,7 +2,7 @@
 # Installs what dsv3 needs: Debian packages, and LibTorch from the official torch wheel.
 #
 #   scripts/setup.sh            what building and training need
-#   scripts/setup.sh --tests    also what the tests compare with (Python's torch and transformers)
+#   scripts/setup.sh --tests    also what the tests compare with (Python's torch and transformers, readers of metrics)
 #
 # Without nvcc or a GPU it takes the wheel alone and the two libraries that a CPU program loads (0.6 GB to
 # fetch, 1.3 GB on disk); with one of them, or with --tests, the wheel's other dependencies too (about 3 GB to
@@ -26,6 +26,7 @@ packages=(
   g++ make cmake ninja-build ccache git ca-certificates                         # build
   libyaml-cpp-dev nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev      # config, command line, messages
   zlib1g-dev libzstd-dev libxxhash-dev                                          # data
+  libprotobuf-dev protobuf-compiler                                             # TensorBoard's event files
   python3 python3-venv                                                          # fetches the torch wheel
   bible-kjv                                                                     # the first text to train on
 )
@@ -105,6 +106,8 @@ install_python() {
   if $with_tests; then
     say "Installing what the tests compare with: $(pinned transformers), $(pinned safetensors), $(pinned numpy)"
     pip_install transformers safetensors numpy
+    say "Installing the readers of metrics: $(pinned tensorboard), $(pinned wandb), $(pinned prometheus_client)"
+    pip_install tensorboard wandb prometheus_client
     parts=tests
   fi
   echo "$pins $parts" >$stamp

@@ -73,6 +73,7 @@ double gradient_std(const Setup& s) {
 /// Weights, gradients and moments of one flat bucket, and LibTorch's lists over the same memory.
 struct Buckets {
   at::Tensor weights, gradients, exp_avg, exp_avg_sq;  // [n]
+  at::Tensor moved;                                    // [parts, 2] FP64, how far ours moves
   std::vector<at::Tensor> weight_list, gradient_list, exp_avg_list, exp_avg_sq_list, steps;
 
   explicit Buckets(Setup& s)
@@ -80,6 +81,7 @@ struct Buckets {
         gradients(s.normal({s.problem.flat}, gradient_std(s))),
         exp_avg(s.normal({s.problem.flat}, gradient_std(s))),
         exp_avg_sq(s.normal({s.problem.flat}, gradient_std(s))),
+        moved(s.zeros({kernels::adamw_partials(s.problem.flat), 2}, at::kDouble)),
         weight_list(weights.split(kListElements)),
         gradient_list(gradients.split(kListElements)),
         exp_avg_list(exp_avg.split(kListElements)),
@@ -107,7 +109,8 @@ struct Buckets {
             .correction2 = 1.0f,
             .gradient_scale = norm.finish.clip_factor,
             .skip = norm.finish.not_finite,
-            .zero_gradients = false};
+            .zero_gradients = false,
+            .partials = moved.mutable_data_ptr<double>()};
   }
 };
 

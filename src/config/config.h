@@ -198,8 +198,10 @@ struct CheckpointConfig {
 };
 
 struct MonitorConfig {
-  bool tensorboard = false;
-  bool wandb = false;
+  bool tensorboard = false;      // event files in RUN/tensorboard/
+  bool wandb = false;            // scripts/wandb_bridge.py beside the run
+  std::string prometheus;        // text file for a node exporter; "" = none
+  int64_t per_layer_every = 10;  // steps between records with every layer's routing; 0 = none
   bool operator==(const MonitorConfig&) const = default;
 };
 

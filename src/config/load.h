@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "config/config.h"
@@ -44,6 +46,11 @@ Config load_config_text(std::string_view yaml, const std::string& name,
 /// The whole config as YAML: every key, presets and derived values written out. Loads back to the
 /// same Config.
 std::string to_yaml(const Config& config);
+
+/// Every key by its full path ("model.mla.num_heads") with its value: numbers, schedules of one
+/// value among them, flags, and the rest as text. For tables of hyperparameters.
+using FlatConfig = std::vector<std::pair<std::string, std::variant<bool, double, std::string>>>;
+FlatConfig flatten(const Config& config);
 
 /// The table of all keys in Markdown, as configs/README.md holds it.
 std::string keys_as_markdown();

@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "config/load.h"
 #include "config/values.h"
 
@@ -125,6 +127,32 @@ std::string to_yaml(const Config& config) {
                         value.starts_with('\n') ? "" : " ", value);
   }
   return text;
+}
+
+FlatConfig flatten(const Config& config) {
+  Config copy = config;
+  FlatConfig flat;
+  for (const Field& field : schema()) {
+    const Slot slot = field.slot(copy);
+    auto& value = flat.emplace_back(field.key, false).second;
+    if (const auto* integer = std::get_if<int64_t*>(&slot)) {
+      value = static_cast<double>(**integer);
+    } else if (const auto* number = std::get_if<double*>(&slot)) {
+      value = **number;
+    } else if (const auto* flag = std::get_if<bool*>(&slot)) {
+      value = **flag;
+    } else if (const auto* text = std::get_if<std::string*>(&slot)) {
+      value = **text;
+    } else if (const auto* schedule = std::get_if<Schedule*>(&slot);
+               schedule != nullptr && (*schedule)->is_constant()) {
+      value = (*schedule)->at(0, 0);
+    } else {
+      std::string printed = print_value(field, copy);
+      std::ranges::replace(printed, '\n', ' ');
+      value = printed.substr(std::min(printed.size(), printed.find_first_not_of(' ')));
+    }
+  }
+  return flat;
 }
 
 }  // namespace dsv3

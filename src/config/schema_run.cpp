@@ -213,8 +213,15 @@ constexpr Field kRun[] = {
     {"checkpoint.keep_every", DSV3_SLOT(checkpoint.keep_every), "steps",
      "checkpoints of every multiple of this are kept for good; 0 = none", kCount},
 
-    {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "", "write TensorBoard event files"},
-    {"monitor.wandb", DSV3_SLOT(monitor.wandb), "", "send metrics to Weights & Biases"},
+    {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "",
+     "write TensorBoard event files to RUN/tensorboard/"},
+    {"monitor.wandb", DSV3_SLOT(monitor.wandb), "",
+     "send metrics to Weights & Biases (scripts/wandb_bridge.py)"},
+    {"monitor.prometheus", DSV3_SLOT(monitor.prometheus), "",
+     "file that holds the newest metrics in Prometheus' text form; empty = none"},
+    {"monitor.per_layer_every", DSV3_SLOT(monitor.per_layer_every), "steps",
+     "steps between records that hold every layer's routing and every expert's tokens; 0 = none",
+     kCount},
 
     {"profile.steps", DSV3_SLOT(profile.steps), "steps",
      "[FIRST, LAST]: record these steps as a Chrome trace in RUN/profile; empty = none"},

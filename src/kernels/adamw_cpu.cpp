@@ -5,6 +5,7 @@
 #include "kernels/detail/adamw.h"
 
 #include "kernels/detail/cpu.h"
+#include "kernels/detail/lanes.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::kernels {
@@ -114,6 +115,25 @@ DSV3_CLONES void widen(const BFloat16* from, float* to, int64_t size) {
   convert(from, to, size);
 }
 
+/// Adds Σ (after - before)² and Σ before² to moved[0] and moved[1].
+DSV3_CLONES void add_moved(const float* before, const float* after, int64_t size, double* moved) {
+  LaneFloats update = {}, weight = {}, u, v;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    load_lanes(before + i, u);
+    load_lanes(after + i, v);
+    update += (v - u) * (v - u);
+    weight += u * u;
+  }
+  float rest_update = 0.0f, rest_weight = 0.0f;
+  for (; i < size; ++i) {
+    rest_update += (after[i] - before[i]) * (after[i] - before[i]);
+    rest_weight += before[i] * before[i];
+  }
+  moved[0] += sum_of_lanes(update) + rest_update;
+  moved[1] += sum_of_lanes(weight) + rest_weight;
+}
+
 /// mean += (1 - decay) · (w - mean).
 template <typename E, typename W>
 DSV3_INLINE void ema_block(float gain, const W* __restrict w, const E* mean, float* __restrict to,
@@ -207,10 +227,12 @@ class Range {
                         p.master == nullptr),
         random_moments_(p.stochastic_rounding && p.moment_dtype == DType::kBF16) {}
 
-  void update(int64_t begin, int64_t end) const {
+  /// One block. `moved` (may be null) takes what it adds to Σ (w after - w before)² and Σ (w
+  /// before)².
+  void update(int64_t begin, int64_t end, double* moved) const {
     const int64_t middle = std::clamp(p_.decay_end, begin, end);
-    update_part(begin, middle, factors_.decay);
-    update_part(middle, end, 0.0f);
+    update_part(begin, middle, factors_.decay, moved);
+    update_part(middle, end, 0.0f, moved);
     if (p_.ema != nullptr) update_ema(begin, end - begin);
   }
 
@@ -235,18 +257,26 @@ class Range {
             .exp_avg_sq = at(p_.exp_avg_sq, p_.moment_dtype, i)};
   }
 
-  void update_part(int64_t begin, int64_t end, float decay) const {
+  void update_part(int64_t begin, int64_t end, float decay, double* moved) const {
     if (begin == end) return;
-    if (random_weights_ || random_moments_) {
-      update_at_random(begin, end - begin, decay);
-    } else {
-      body_(factors_, decay, scale_, block(begin), end - begin);
+    const int64_t size = end - begin;
+    // Only the FP32 copies hold BF16 weights before their rounding.
+    const bool rounded = moved != nullptr && bf16_weights() && p_.master == nullptr;
+    if (rounded || random_weights_ || random_moments_) {
+      update_in_copies(begin, size, decay, moved);
+      return;
     }
+    const Block at = block(begin);
+    const float* const kept = at.master != nullptr ? at.master : static_cast<float*>(at.weights);
+    alignas(64) float before[kBlock];
+    if (moved != nullptr) std::copy_n(kept, size, before);
+    body_(factors_, decay, scale_, at, size);
+    if (moved != nullptr) add_moved(before, kept, size, moved);
   }
 
   /// In FP32 copies of what is BF16, which are then rounded.
-  void update_at_random(int64_t begin, int64_t size, float decay) const {
-    alignas(64) float copies[3][kBlock];
+  void update_in_copies(int64_t begin, int64_t size, float decay, double* moved) const {
+    alignas(64) float copies[3][kBlock], before[kBlock];
     const Block given = block(begin);
     Block wide = given;
     if (given.master != nullptr) {
@@ -262,7 +292,14 @@ class Range {
       widen(static_cast<const BFloat16*>(given.exp_avg), copies[1], size);
       widen(static_cast<const BFloat16*>(given.exp_avg_sq), copies[2], size);
     }
+    const auto* const kept = static_cast<const float*>(wide.weights);
+    if (moved != nullptr) std::copy_n(kept, size, before);
     wide_body_(factors_, decay, scale_, wide, size);
+    if (moved != nullptr) add_moved(before, kept, size, moved);
+    if (!random_moments_ && p_.moment_dtype == DType::kBF16) {
+      round_nearest(copies[1], static_cast<BFloat16*>(given.exp_avg), size);
+      round_nearest(copies[2], static_cast<BFloat16*>(given.exp_avg_sq), size);
+    }
     if (random_moments_) {
       round_random(p_, Rounded::kExpAvg, begin, copies[1], static_cast<BFloat16*>(given.exp_avg),
                    size);
@@ -274,6 +311,8 @@ class Range {
                    size);
     } else if (given.master != nullptr) {
       round_nearest(given.master, static_cast<BFloat16*>(given.weights), size);
+    } else if (bf16_weights()) {
+      round_nearest(copies[0], static_cast<BFloat16*>(given.weights), size);
     }
   }
 
@@ -319,14 +358,20 @@ void adamw(const AdamW& params) {
   const Range range(p);
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const int64_t gradient_size = size_of(p.gradient_dtype);
-  parallel_rows((p.size + kBlock - 1) / kBlock, 24 * kBlock, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
-      if (!skip) range.update(begin, end);
-      if (p.zero_gradients) {
-        std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
-                    static_cast<size_t>((end - begin) * gradient_size));
+  const int64_t blocks = (p.size + kBlock - 1) / kBlock, parts = adamw_partials(p.size);
+  const int64_t part = parts > 0 ? (blocks + parts - 1) / parts : 0;  // blocks of a part
+  parallel_rows(parts, 24 * kBlock * part, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      double moved[2] = {};
+      for (int64_t block = i * part; block < std::min(blocks, (i + 1) * part); ++block) {
+        const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
+        if (!skip) range.update(begin, end, p.partials != nullptr ? moved : nullptr);
+        if (p.zero_gradients) {
+          std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
+                      static_cast<size_t>((end - begin) * gradient_size));
+        }
       }
+      if (p.partials != nullptr) std::copy_n(moved, 2, p.partials + 2 * i);
     }
   });
 }

@@ -52,6 +52,8 @@ DSV3_NO_CUDA(make_permutation, MakePermutation)
 DSV3_NO_CUDA(permute_forward, PermuteForward)
 DSV3_NO_CUDA(combine_forward, CombineForward)
 DSV3_NO_CUDA(combine_backward, CombineBackward)
+DSV3_NO_CUDA(add_load, AddLoad)
+DSV3_NO_CUDA(load_statistics, LoadStatistics)
 
 // products
 DSV3_NO_CUDA(grouped_product, GroupedProduct)

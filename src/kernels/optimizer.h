@@ -15,7 +15,8 @@ namespace dsv3::kernels {
 ///   w -= lr / correction1 · m / (sqrt(v / correction2) + eps)
 ///   ema = ema_decay · ema + (1 - ema_decay) · w
 /// One pass over memory: 28 bytes an element for FP32, 14–30 for BF16 weights, and what zeroed
-/// gradients (one write) and the EMA (a read and a write) add.
+/// gradients (one write) and the EMA (a read and a write) add. When `partials` is given, how far
+/// the weights moved is summed on the way.
 struct AdamW {
   int64_t size;          // elements of the range
   DType weight_dtype;    // kF32 or kBF16
@@ -46,8 +47,19 @@ struct AdamW {
   bool stochastic_rounding = false;
   uint64_t seed = 0;
   uint64_t step = 0;
-  int64_t first_index = 0;  // of element 0 among all elements of the run, ≥ 0
+  int64_t first_index = 0;     // of element 0 among all elements of the run, ≥ 0
+  double* partials = nullptr;  // [adamw_partials(size), 2], may be null: parts of Σ (w after - w
+                               // before)² and of Σ (w before)², before w after is rounded to BF16;
+                               // zeros when skipped. adamw_fp8 does not fill it
 };
+
+/// Parts that one pass leaves, a pure function of the range's size: adding them in order gives the
+/// same bits on every run.
+constexpr int64_t adamw_partials(int64_t size) {
+  constexpr int64_t kBlock = 2048, kMost = 16384;  // elements of a part at least; parts
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  return blocks < kMost ? blocks : kMost;
+}
 
 /// AdamW over a matrix [rows, columns] of a flat range, whose new weights (the master where there
 /// is one) are also written as E4M3 in 128×128 blocks, by the rules of kernels/quantize.h: the bits

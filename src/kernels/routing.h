@@ -164,6 +164,46 @@ struct CombineBackward {
   float* dweights;                     // [T, K], may be null
 };
 
+/// One micro-batch's counts enter the step's: loads += counts, violations[l] += max / mean - 1 of
+/// counts[l] (0 for a layer without tokens). A few bytes per expert: launch bound, so both in one
+/// pass.
+struct AddLoad {
+  int32_t num_layers;     // L
+  int32_t num_experts;    // E
+  const int32_t* counts;  // [L, E]
+  int64_t* loads;         // [L, E]
+  double* violations;     // [L]
+};
+
+/// What a step's routing was like, layer by layer, in FP64. Row l of `statistics`, for the loads
+/// n_i of layer l over the global batch, with mean n̄ and shares p_i = n_i / Σ n; all 0 without
+/// tokens:
+///   kMaxViolation       max n / n̄ - 1 (arXiv:2408.15664 §3)
+///   kMicroViolation     violations[l] / num_micro_batches
+///   kLoadImbalance      √(Σ (n_i - n̄)² / E) / n̄
+///   kEntropy            -Σ p ln p / ln E; 1 for E = 1
+///   kUtilization        share of experts with n_i > 0
+///   kBiasSpread         max bias - min bias; 0 without a bias
+enum LoadStatistic : int32_t {
+  kMaxViolation,
+  kMicroViolation,
+  kLoadImbalance,
+  kEntropy,
+  kUtilization,
+  kBiasSpread,
+  kNumLoadStatistics
+};
+inline constexpr int32_t kLoadStatisticsLayers = 64;  // of one call
+struct LoadStatistics {
+  int32_t num_layers;   // L ≤ kLoadStatisticsLayers
+  int32_t num_experts;  // E
+  int32_t num_micro_batches;
+  const int64_t* loads;                        // [L, E]
+  const double* violations;                    // [L], as AddLoad left it
+  const float* biases[kLoadStatisticsLayers];  // [E] each, or null
+  double* statistics;                          // [L, kNumLoadStatistics]
+};
+
 DSV3_DECLARE_KERNEL(route_forward, RouteForward)
 DSV3_DECLARE_KERNEL(route_backward, RouteBackward)
 DSV3_DECLARE_KERNEL(split_bf16, SplitBf16)
@@ -171,5 +211,7 @@ DSV3_DECLARE_KERNEL(make_permutation, MakePermutation)
 DSV3_DECLARE_KERNEL(permute_forward, PermuteForward)
 DSV3_DECLARE_KERNEL(combine_forward, CombineForward)
 DSV3_DECLARE_KERNEL(combine_backward, CombineBackward)
+DSV3_DECLARE_KERNEL(add_load, AddLoad)
+DSV3_DECLARE_KERNEL(load_statistics, LoadStatistics)
 
 }  // namespace dsv3::kernels

@@ -219,6 +219,13 @@ void Model::update_router_biases(const at::Tensor& loads, double update_rate,
   }
 }
 
+std::vector<at::Tensor> Model::router_biases() const {
+  std::vector<at::Tensor> biases;
+  for (const auto* bias : router_biases_)
+    biases.push_back(bias != nullptr ? bias->value() : at::Tensor());
+  return biases;
+}
+
 LatentCache Model::make_cache(int64_t num_sequences, int64_t capacity) const {
   return {config_.num_layers, num_sequences, capacity,
           config_.mla.kv_lora_rank + config_.mla.qk_rope_head_dim,

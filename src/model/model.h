@@ -88,6 +88,9 @@ class Model {
   /// From now on every loss() shows its activations to `probe`; an empty one ends that.
   void set_probe(ActivationProbe probe) { probe_ = std::move(probe); }
 
+  /// The router biases [E] FP32 behind each row of expert_counts; undefined tensors without biases.
+  std::vector<at::Tensor> router_biases() const;
+
   LatentCache make_cache(int64_t num_sequences, int64_t capacity) const;
 
   const ModelConfig& config() const { return config_; }

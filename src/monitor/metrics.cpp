@@ -17,6 +17,14 @@ bool Record::has(std::string_view name) const {
   return std::ranges::find(values, name, &std::pair<std::string, double>::first) != values.end();
 }
 
+std::string name_of_layer(std::string_view metric, int64_t layer) {
+  return fmt::format("{}/layer_{}", metric, layer);
+}
+
+std::string name_of_depth(std::string_view metric, int64_t depth) {
+  return fmt::format("{}/depth_{}", metric, depth);
+}
+
 std::string short_count(double value) {
   if (!std::isfinite(value)) return "-";
   if (std::abs(value) < 999.5) return fmt::format("{:.0f}", value);

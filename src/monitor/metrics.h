@@ -9,10 +9,18 @@
 
 namespace dsv3 {
 
+/// Counts that leave as a table: tokens by MoE layer and expert.
+struct CountTable {
+  std::string name;
+  std::vector<int64_t> layers;               // the layer's id, by row
+  std::vector<std::vector<int64_t>> counts;  // [layers][E]
+};
+
 /// What is known of one optimizer step (or of the evaluation after it): metric names and values.
 struct Record {
   int64_t step = 0;  // optimizer steps finished, 1 after the first
   std::vector<std::pair<std::string, double>> values;
+  std::vector<CountTable> tables;
 
   void add(std::string name, double value) { values.emplace_back(std::move(name), value); }
   /// The value of `name`, NaN when the record does not hold it.
@@ -31,42 +39,42 @@ struct Event {
   EventDetails details;
 };
 
-// The names that every part uses. Units: losses in nats per token, times in seconds, memory in GB
-// (1e9 bytes).
+// The names that every part uses; docs/metrics.md has each one's formula and unit. Losses are in
+// nats per token, times in seconds, memory in GB (1e9 bytes).
 namespace metric {
 inline constexpr const char* kLoss = "train/loss";
-/// byte tokenizer only
-inline constexpr const char* kBitsPerByte = "train/bits_per_byte";
-/// share of next tokens that argmax guesses
+inline constexpr const char* kBitsPerByte = "train/bits_per_byte";  // byte tokenizer only
 inline constexpr const char* kAccuracy = "train/accuracy";
 inline constexpr const char* kLearningRate = "train/lr";
-/// before clipping
 inline constexpr const char* kGradNorm = "train/grad_norm";
-/// input tokens since the start
-inline constexpr const char* kTokens = "train/tokens";
+inline constexpr const char* kUpdateToWeight = "train/update_to_weight";
+inline constexpr const char* kTokens = "train/tokens";  // since the start
 inline constexpr const char* kSequences = "train/global_batch_size";
 inline constexpr const char* kTokensPerSecond = "train/tokens_per_sec";
-/// model TFLOP/s, causal (planner/flops.h)
 inline constexpr const char* kTflops = "train/tflops";
-/// share of the GPU's BF16 peak, 0..1
-inline constexpr const char* kMfu = "train/mfu";
+inline constexpr const char* kMfu = "train/mfu";  // known GPUs only
 inline constexpr const char* kStepTime = "train/step_time";
-/// of it: waiting for the loader
-inline constexpr const char* kDataTime = "train/data_time";
-/// most since the start
-inline constexpr const char* kGpuMemory = "train/gpu_memory_allocated_gb";
-/// resident set
+inline constexpr const char* kDataTime = "train/time_data";
+inline constexpr const char* kForwardTime = "train/time_forward";
+inline constexpr const char* kBackwardTime = "train/time_backward";
+inline constexpr const char* kOptimizerTime = "train/time_optimizer";
+inline constexpr const char* kCommunicationTime = "train/time_communication";
+inline constexpr const char* kCheckpointTime = "train/time_checkpoint";
+inline constexpr const char* kGpuMemory = "train/gpu_memory_allocated_gb";  // CUDA only
 inline constexpr const char* kHostMemory = "train/host_memory_gb";
-/// mean over the depths
-inline constexpr const char* kMtpLoss = "mtp/loss";
-/// share of depth-1 argmax guesses that are right
-inline constexpr const char* kMtpAcceptance = "mtp/acceptance";
-/// worst layer's max load / mean load - 1
-inline constexpr const char* kMaxViolation = "moe/max_vio";
-/// mean over layers of std(load) / mean(load)
+inline constexpr const char* kKvCacheSize = "mla/kv_cache_size_mb";
+inline constexpr const char* kCompressionRatio = "mla/compression_ratio";
+inline constexpr const char* kFallbackRate = "mla/fallback_rate";
+inline constexpr const char* kMtpLoss = "mtp/loss";              // also by depth
+inline constexpr const char* kMtpAcceptance = "mtp/acceptance";  // also by depth
+inline constexpr const char* kMaxViolation = "moe/max_vio";  // this and the next five: by layer too
+inline constexpr const char* kMicroViolation = "moe/max_vio_micro";
 inline constexpr const char* kLoadImbalance = "moe/load_imbalance";
-/// per sequence, mean over layers, without α
+inline constexpr const char* kEntropy = "moe/entropy";
+inline constexpr const char* kUtilization = "moe/utilization";
+inline constexpr const char* kBiasSpread = "moe/bias_spread";
 inline constexpr const char* kBalanceLoss = "moe/balance_loss";
+inline constexpr const char* kExpertDistribution = "moe/expert_distribution";  // a CountTable
 inline constexpr const char* kEvalLoss = "eval/loss";
 inline constexpr const char* kEvalBitsPerByte = "eval/bits_per_byte";
 inline constexpr const char* kEvalAccuracy = "eval/accuracy";
@@ -77,6 +85,10 @@ inline constexpr const char* kEvalEmaBitsPerByte = "eval/ema_bits_per_byte";
 inline constexpr const char* kEvalEmaAccuracy = "eval/ema_accuracy";
 inline constexpr const char* kEvalTime = "eval/time";
 }  // namespace metric
+
+/// "moe/max_vio/layer_3", "mtp/loss/depth_1" (depths count from 1).
+std::string name_of_layer(std::string_view metric, int64_t layer);
+std::string name_of_depth(std::string_view metric, int64_t depth);
 
 /// A count with three digits and a decimal suffix: 950, 12.3K, 4.10M, 671B.
 std::string short_count(double value);

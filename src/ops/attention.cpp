@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <atomic>
+
 #include "base/error.h"
 #include "kernels/attention.h"
 #include "ops/attention_cuda.h"
@@ -17,6 +19,8 @@ namespace {
 constexpr const char* kName = "attention";
 
 enum class Body { kHost, kCudnn, kEfficient, kReference };
+
+std::atomic<int64_t> g_calls{0}, g_fallbacks{0};
 
 void check(const AttentionInputs& in, const AttentionOptions& options) {
   require(in.q.defined() && in.q.dim() == 3, "[attention] q: expected [T, H, Dqk]");
@@ -136,6 +140,9 @@ at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& opti
   const Range range("attention");
   check(inputs, options);
   const Body body = choose(inputs, options);
+  g_calls.fetch_add(1, std::memory_order_relaxed);
+  if (body != Body::kHost && body != Body::kCudnn)
+    g_fallbacks.fetch_add(1, std::memory_order_relaxed);
   if (body == Body::kReference) return reference::attention(inputs, options);
   const bool recorded = recording({inputs.q, inputs.k, inputs.v});
   AttentionResult result;
@@ -160,6 +167,10 @@ at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& opti
            return run_backward(body, again, options, saved, grads[0].contiguous());
          });
   return result.out;
+}
+
+AttentionCalls attention_calls() {
+  return {g_calls.load(std::memory_order_relaxed), g_fallbacks.load(std::memory_order_relaxed)};
 }
 
 }  // namespace dsv3::ops

@@ -20,6 +20,15 @@ struct AttentionOptions {
 };
 at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options);
 
+/// Forward calls of attention() in this process so far, and those of them that did not take the
+/// device's fast body (our tiles on the CPU, cuDNN on CUDA) but a slower one: LibTorch's
+/// memory-efficient kernel, or the reference. Any thread may ask.
+struct AttentionCalls {
+  int64_t all = 0;
+  int64_t fallbacks = 0;
+};
+AttentionCalls attention_calls();
+
 namespace reference {
 /// Builds the whole score matrix; float64-capable, differentiable.
 at::Tensor attention(const AttentionInputs& inputs, const AttentionOptions& options);

@@ -1,6 +1,7 @@
 #include "optim/adamw.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include "base/error.h"
@@ -47,6 +48,9 @@ AdamW::AdamW(std::vector<Bucket>& buckets, const AdamWOptions& options)
   partials_ = at::empty({kernels::kSumOfSquaresPartials}, device.dtype(at::kDouble));
   sums_ = at::empty({static_cast<int64_t>(buckets_.size())}, device.dtype(at::kDouble));
   clip_factor_ = at::empty({1}, device.dtype(at::kFloat));
+  int64_t parts = 0;
+  for (const auto& bucket : buckets_) parts += kernels::adamw_partials(bucket.numel());
+  moved_ = at::zeros({parts, 2}, device.dtype(at::kDouble));
   updates_ = at::zeros({1}, device.dtype(at::kLong));
   corrections_ = at::empty({2}, device.dtype(at::kFloat));
   reset_masters();
@@ -90,7 +94,8 @@ GradientNorm AdamW::gradient_norm() {
                             stream);
   }
   GradientNorm result{at::empty({}, clip_factor_.options()),
-                      at::empty({}, clip_factor_.options().dtype(at::kInt))};
+                      at::empty({}, clip_factor_.options().dtype(at::kInt)),
+                      {}};
   kernels::finish_norm({.count = static_cast<int32_t>(buckets_.size()),
                         .sums = sums_.data_ptr<double>(),
                         .max_norm = static_cast<float>(options_.clip),
@@ -123,7 +128,7 @@ GradientNorm AdamW::decide(const StepGuard& guard) {
 }
 
 void AdamW::update(const Bucket& bucket, const State& state, double learning_rate,
-                   const GradientNorm& norm) {
+                   const GradientNorm& norm, double* partials) {
   kernels::adamw({.size = bucket.numel(),
                   .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
                   .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
@@ -151,15 +156,19 @@ void AdamW::update(const Bucket& bucket, const State& state, double learning_rat
                   .stochastic_rounding = options_.stochastic_rounding,
                   .seed = options_.seed,
                   .step = static_cast<uint64_t>(steps_begun_),
-                  .first_index = state.first_index},
+                  .first_index = state.first_index,
+                  .partials = partials},
                  ops::stream_of(bucket.values));
 }
 
-void AdamW::apply(double learning_rate, const GradientNorm& norm) {
+void AdamW::apply(double learning_rate, GradientNorm& norm) {
   const ops::NoRecord guard;
+  auto* partials = moved_.data_ptr<double>();
   for (size_t i = 0; i < buckets_.size(); ++i) {
-    update(buckets_[i], states_[i], learning_rate, norm);
+    update(buckets_[i], states_[i], learning_rate, norm, partials);
+    partials += 2 * kernels::adamw_partials(buckets_[i].numel());
   }
+  norm.moved = at::sum(moved_, 0);
 }
 
 std::vector<at::Tensor> AdamW::weights() const {

@@ -37,6 +37,8 @@ struct GradientNorm {
   at::Tensor norm;  // scalar FP32: over all buckets, before clipping
   at::Tensor skip;  // scalar int32: 0, or why the step changes nothing: kernels::kSkipNotFinite,
                     // kernels::kSkipSpike
+  at::Tensor moved = {};  // [2] FP64, filled by the update: Σ (w after - w before)² and
+                          // Σ (w before)² over all trained parameters; zeros when skipped
 };
 
 /// AdamW over a parameter set's flat buckets (technical report §4.2; the formula:
@@ -56,8 +58,8 @@ class AdamW {
 
   /// The first half of a step: the norm of the gradients, and whether it is taken.
   GradientNorm decide(const StepGuard& guard);
-  /// The second half: the update, unless skipped, and zero gradients.
-  void apply(double learning_rate, const GradientNorm& norm);
+  /// The second half: the update, unless skipped, and zero gradients. Fills norm.moved.
+  void apply(double learning_rate, GradientNorm& norm);
 
   /// Takes the buckets' values as the master weights and as the running mean: to be called after
   /// weights were loaded or filled.
@@ -92,8 +94,9 @@ class AdamW {
   };
 
   GradientNorm gradient_norm();
+  /// Leaves the bucket's parts of how far it moved at `partials`.
   void update(const Bucket& bucket, const State& state, double learning_rate,
-              const GradientNorm& norm);
+              const GradientNorm& norm, double* partials);
 
   std::vector<Bucket>& buckets_;
   AdamWOptions options_;
@@ -101,6 +104,7 @@ class AdamW {
   at::Tensor partials_;        // scratch of the norm
   at::Tensor sums_;            // [buckets] FP64
   at::Tensor clip_factor_;     // [1] FP32
+  at::Tensor moved_;           // [parts, 2] FP64: how far the weights moved, bucket by bucket
   at::Tensor updates_;         // [1] int64: steps not skipped; counted where that is decided
   at::Tensor corrections_;     // [2] FP32
   int64_t steps_begun_ = 0;    // skipped ones included

@@ -1,6 +1,8 @@
 // What a Trainer tells: the announcement, each step's record, evaluations.
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 
 #include "base/error.h"
 #include "config/load.h"
@@ -9,6 +11,69 @@
 #include "training/trainer.h"
 
 namespace dsv3 {
+namespace {
+
+void add_attention(Record& record, const Config& config, double fallback_rate) {
+  const auto& mla = config.model.mla;
+  const auto latent = static_cast<double>(mla.kv_lora_rank + mla.qk_rope_head_dim);
+  const auto expanded = static_cast<double>(mla.num_heads * (mla.qk_head_dim() + mla.v_head_dim));
+  const auto rows = static_cast<double>(config.model.num_layers * config.data.sequence_length);
+  record.add(metric::kKvCacheSize,
+             rows * latent * static_cast<double>(size_of(config.model.dtype)) / 1e6);
+  record.add(metric::kCompressionRatio, expanded / latent);
+  record.add(metric::kFallbackRate, fallback_rate);
+}
+
+double mean_of(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+void add_depths(Record& record, const StepNumbers& numbers) {
+  if (numbers.mtp_losses.empty()) return;
+  record.add(metric::kMtpLoss, mean_of(numbers.mtp_losses));
+  record.add(metric::kMtpAcceptance, mean_of(numbers.mtp_acceptances));
+  for (size_t i = 0; i < numbers.mtp_losses.size(); ++i) {
+    const auto depth = static_cast<int64_t>(i) + 1;
+    record.add(name_of_depth(metric::kMtpLoss, depth), numbers.mtp_losses[i]);
+    record.add(name_of_depth(metric::kMtpAcceptance, depth), numbers.mtp_acceptances[i]);
+  }
+}
+
+/// A statistic of kernels::LoadStatistics under its metric's name, and how layers become one
+/// number.
+struct RoutingMetric {
+  kernels::LoadStatistic column;
+  const char* name;
+  bool worst;  // the largest over layers, else the mean
+};
+constexpr RoutingMetric kRoutingMetrics[] = {
+    {kernels::kMaxViolation, metric::kMaxViolation, true},
+    {kernels::kMicroViolation, metric::kMicroViolation, true},
+    {kernels::kLoadImbalance, metric::kLoadImbalance, false},
+    {kernels::kEntropy, metric::kEntropy, false},
+    {kernels::kUtilization, metric::kUtilization, false},
+    {kernels::kBiasSpread, metric::kBiasSpread, true},
+};
+
+/// Layers one by one, and the table of loads, only in the steps whose loads left the device.
+void add_routing(Record& record, const StepNumbers& numbers, const std::vector<int64_t>& layers,
+                 bool biased) {
+  if (numbers.layers.empty()) return;
+  for (const auto& [column, name, worst] : kRoutingMetrics) {
+    if (column == kernels::kBiasSpread && !biased) continue;
+    std::vector<double> values;
+    for (const auto& layer : numbers.layers) values.push_back(layer[column]);
+    record.add(name, worst ? *std::ranges::max_element(values) : mean_of(values));
+    if (numbers.loads.empty()) continue;
+    for (size_t i = 0; i < values.size(); ++i)
+      record.add(name_of_layer(name, layers[i]), values[i]);
+  }
+  record.add(metric::kBalanceLoss, numbers.balance_loss);
+  if (!numbers.loads.empty())
+    record.tables.push_back({metric::kExpertDistribution, layers, numbers.loads});
+}
+
+}  // namespace
 
 void Trainer::announce() {
   monitor_->info(to_yaml(config_));
@@ -32,11 +97,6 @@ void Trainer::announce() {
     monitor_->warning("parallel.zero_stage: one process has nothing to share its states with");
   if (config_.model.moe.use_deep_ep)
     monitor_->warning("model.moe.use_deep_ep: no effect on one process");
-  if (config_.monitor.tensorboard)
-    monitor_->warning(
-        "monitor.tensorboard: event files are not written yet; metrics.jsonl has every number");
-  if (config_.monitor.wandb)
-    monitor_->warning("monitor.wandb: nothing is sent yet; metrics.jsonl has every number");
 }
 
 double Trainer::seconds_left(int64_t step) const {
@@ -48,17 +108,15 @@ double Trainer::seconds_left(int64_t step) const {
 
 Record Trainer::make_record(const StepNumbers& numbers, const StepInfo& info,
                             double seconds) const {
-  Record record{.step = info.step, .values = {}};
+  Record record{.step = info.step, .values = {}, .tables = {}};
   const auto add = [&record](const char* name, double value) { record.add(name, value); };
-  const auto add_known = [&record](const char* name, double value) {
-    if (!std::isnan(value)) record.add(name, value);
-  };
   add(metric::kLoss, numbers.loss);
   if (config_.data.tokenizer == "bytes")
     add(metric::kBitsPerByte, numbers.loss / std::numbers::ln2);
   add(metric::kAccuracy, numbers.accuracy);
   add(metric::kLearningRate, info.learning_rate);
   add(metric::kGradNorm, numbers.grad_norm);
+  if (!std::isnan(numbers.update_to_weight)) add(metric::kUpdateToWeight, numbers.update_to_weight);
   add(metric::kTokens, static_cast<double>(info.tokens_done));
   add(metric::kSequences, static_cast<double>(info.sequences));
   const double tokens_per_second = static_cast<double>(info.tokens) / seconds;
@@ -68,14 +126,17 @@ Record Trainer::make_record(const StepNumbers& numbers, const StepInfo& info,
   if (peak_tflops_) add(metric::kMfu, tflops / *peak_tflops_);
   add(metric::kStepTime, seconds);
   add(metric::kDataTime, info.data_seconds);
+  add(metric::kForwardTime, numbers.seconds[static_cast<size_t>(Phase::kForward)]);
+  add(metric::kBackwardTime, numbers.seconds[static_cast<size_t>(Phase::kBackward)]);
+  add(metric::kOptimizerTime, numbers.seconds[static_cast<size_t>(Phase::kOptimizer)]);
+  add(metric::kCommunicationTime, 0);  // one process
+  add(metric::kCheckpointTime, info.checkpoint_seconds);
   if (device_.is_cuda())
     add(metric::kGpuMemory, static_cast<double>(allocated_bytes(device_)) / 1e9);
   add(metric::kHostMemory, static_cast<double>(resident_bytes()) / 1e9);
-  add_known(metric::kMtpLoss, numbers.mtp_loss);
-  add_known(metric::kMtpAcceptance, numbers.mtp_acceptance);
-  add_known(metric::kMaxViolation, numbers.max_violation);
-  add_known(metric::kLoadImbalance, numbers.load_imbalance);
-  add_known(metric::kBalanceLoss, numbers.balance_loss);
+  add_attention(record, config_, info.fallback_rate);
+  add_depths(record, numbers);
+  add_routing(record, numbers, model_->moe_layers(), config_.model.moe.use_bias);
   return record;
 }
 
@@ -131,7 +192,7 @@ std::optional<Evaluation> Trainer::evaluate_now() {
   if (!validation_) return std::nullopt;
   const Evaluation result = evaluate_weights();
   if (!result.complete) return std::nullopt;
-  Record record{.step = steps_done_, .values = {}};
+  Record record{.step = steps_done_, .values = {}, .tables = {}};
   record.add(metric::kEvalLoss, result.loss);
   if (result.bytes > 0) record.add(metric::kEvalBitsPerByte, result.bits_per_byte);
   record.add(metric::kEvalAccuracy, result.accuracy);

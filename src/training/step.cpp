@@ -1,12 +1,10 @@
 #include "training/step.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/amax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/std.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -55,7 +53,11 @@ double one_over(int64_t count) {
 }
 
 StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
-                              const GradientOptions& options) {
+                              const GradientOptions& options, PhaseTimer* timer) {
+  const auto begin = [timer](Phase phase) {
+    if (timer != nullptr) timer->begin(phase);
+  };
+  begin(Phase::kForward);
   const LossScales scales = make_scales(batch, options);
   StepSums sums;
   for (size_t i = 0; i < batch.micro_batches.size(); ++i) {
@@ -63,39 +65,41 @@ StepSums accumulate_gradients(const Model& model, const GlobalBatch& batch,
     const TokenBatch tokens =
         to_device(batch.micro_batches[i], options.device, options.mask_documents);
     LossOutput output;
+    begin(Phase::kForward);
     {
       const ops::Range forward("forward");
       output = model.loss(tokens, scales, options.recompute);
     }
     {
       const ops::Range backward("backward");
+      begin(Phase::kBackward);
       output.objective.backward();
     }
     const ops::NoRecord guard;
     const at::Tensor scalars = scalars_of(output);
     sums.scalars = sums.scalars.defined() ? sums.scalars + scalars : scalars;
-    if (!output.expert_counts.defined()) continue;
-    const at::Tensor counts = output.expert_counts.to(at::kLong);
-    sums.loads = sums.loads.defined() ? sums.loads + counts : counts;
+    if (output.expert_counts.defined()) ops::add_load(sums.load, output.expert_counts);
   }
   return sums;
 }
 
 PendingNumbers::PendingNumbers(const StepSums& sums, const GradientNorm& norm,
-                               const GlobalBatch& batch)
-    : valid_(batch.valid), sequences_(batch.sequences), mtp_valid_(batch.mtp_valid) {
+                               const GlobalBatch& batch, StepReport report)
+    : timer_(std::move(report.timer)),
+      valid_(batch.valid),
+      sequences_(batch.sequences),
+      mtp_valid_(batch.mtp_valid) {
   const ops::NoRecord guard;
-  std::vector<at::Tensor> parts{sums.scalars, norm.norm.to(at::kDouble).reshape({1}),
-                                norm.skip.to(at::kDouble).reshape({1})};
-  if (sums.loads.defined()) {
-    moe_layers_ = sums.loads.size(0);
-    const at::Tensor loads = sums.loads.to(at::kDouble);
-    const at::Tensor mean = loads.mean(1);
-    const at::Tensor safe = mean.clamp_min(1e-9);
-    const at::Tensor violation = (at::amax(loads, 1) - mean) / safe;
-    const at::Tensor imbalance = at::std(loads, /*dim=*/1, /*unbiased=*/false) / safe;
-    parts.push_back(violation.max().reshape({1}));
-    parts.push_back(imbalance.mean().reshape({1}));
+  std::vector<at::Tensor> parts{
+      sums.scalars, norm.norm.to(at::kDouble).reshape({1}), norm.skip.to(at::kDouble).reshape({1}),
+      norm.moved.defined() ? norm.moved : at::zeros({2}, sums.scalars.options())};
+  if (sums.load.tokens.defined()) {
+    moe_layers_ = sums.load.tokens.size(0);
+    num_experts_ = sums.load.tokens.size(1);
+    with_loads_ = report.with_loads;
+    report.biases.resize(static_cast<size_t>(moe_layers_));
+    parts.push_back(ops::load_statistics(sums.load, report.biases).view({-1}));
+    if (with_loads_) parts.push_back(sums.load.tokens.to(at::kDouble).view({-1}));
   }
   const at::Tensor numbers = at::cat(parts);
   if (!numbers.is_cuda()) {
@@ -110,25 +114,31 @@ PendingNumbers::PendingNumbers(const StepSums& sums, const GradientNorm& norm,
 
 StepNumbers PendingNumbers::wait() {
   if (copied_) copied_->synchronize();
-  const auto* values = host_.data_ptr<double>();
-  const auto depths = static_cast<int64_t>(mtp_valid_.size());
+  const auto* next = host_.data_ptr<double>();
+  const auto take = [&next] { return *next++; };
   StepNumbers numbers;
-  numbers.loss = values[0] * one_over(valid_);
-  numbers.accuracy = values[1] * one_over(valid_);
-  numbers.mtp_loss = numbers.mtp_acceptance = kNan;
-  if (depths > 0) {
-    numbers.mtp_loss = 0;
-    for (int64_t depth = 0; depth < depths; ++depth)
-      numbers.mtp_loss += values[3 + 2 * depth] * one_over(mtp_valid_[static_cast<size_t>(depth)]) /
-                          static_cast<double>(depths);
-    numbers.mtp_acceptance = values[4] * one_over(mtp_valid_[0]);
+  numbers.loss = take() * one_over(valid_);
+  numbers.accuracy = take() * one_over(valid_);
+  const double balance = take();
+  for (const int64_t valid : mtp_valid_) {
+    numbers.mtp_losses.push_back(take() * one_over(valid));
+    numbers.mtp_acceptances.push_back(take() * one_over(valid));
   }
-  const auto* rest = values + 3 + 2 * depths;
-  numbers.grad_norm = rest[0];
-  numbers.skip = static_cast<int>(rest[1]);
-  numbers.max_violation = moe_layers_ > 0 ? rest[2] : kNan;
-  numbers.load_imbalance = moe_layers_ > 0 ? rest[3] : kNan;
-  numbers.balance_loss = moe_layers_ > 0 ? values[2] * one_over(sequences_ * moe_layers_) : kNan;
+  numbers.grad_norm = take();
+  numbers.skip = static_cast<int>(take());
+  const double update = take(), weight = take();
+  numbers.update_to_weight = weight > 0 ? std::sqrt(update / weight) : kNan;
+  numbers.balance_loss = moe_layers_ > 0 ? balance * one_over(sequences_ * moe_layers_) : kNan;
+  numbers.layers.resize(static_cast<size_t>(moe_layers_));
+  for (auto& layer : numbers.layers)
+    for (double& value : layer) value = take();
+  if (with_loads_) {
+    numbers.loads.resize(static_cast<size_t>(moe_layers_));
+    for (auto& loads : numbers.loads)
+      for (int64_t expert = 0; expert < num_experts_; ++expert)
+        loads.push_back(static_cast<int64_t>(take()));
+  }
+  if (timer_) numbers.seconds = timer_->seconds();
   return numbers;
 }
 

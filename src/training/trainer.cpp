@@ -4,6 +4,7 @@
 #include "base/file.h"
 #include "config/load.h"
 #include "monitor/hardware.h"
+#include "ops/attention.h"
 #include "ops/range.h"
 #include "planner/flops.h"
 #include "training/device.h"
@@ -46,7 +47,8 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
                        .terminal = options_.terminal,
                        .total_steps = config_.training.steps,
                        .every = std::max<int64_t>(1, config_.training.log_every),
-                       .bits_per_byte = config_.data.tokenizer == "bytes"});
+                       .bits_per_byte = config_.data.tokenizer == "bytes"},
+      config_);
   write_file_atomically(options_.directory / "config.yaml", to_yaml(config_));
   announce();
   for (const std::string& note : notes) monitor_->info(note);
@@ -120,14 +122,15 @@ GlobalBatch Trainer::next_global_batch() {
                            config_.data.mask_across_documents);
 }
 
-StepSums Trainer::accumulate(const GlobalBatch& batch) const {
+StepSums Trainer::accumulate(const GlobalBatch& batch, PhaseTimer* timer) const {
   return accumulate_gradients(
       *model_, batch,
       {.device = device_,
        .mask_documents = config_.data.mask_across_documents,
        .recompute = config_.training.recompute,
        .balance_alpha = config_.model.moe.sequence_loss_alpha,
-       .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)});
+       .mtp_weight = config_.model.mtp.loss_weight.at(steps_done_, tokens_done_)},
+      timer);
 }
 
 PendingNumbers Trainer::step() {
@@ -135,20 +138,25 @@ PendingNumbers Trainer::step() {
   const auto start = Clock::now();
   const GlobalBatch batch = next_global_batch();
   info_.data_seconds = seconds_between(start, Clock::now());
-  const StepSums sums = accumulate(batch);
+  PhaseTimer timer(device_);
+  const auto calls_before = ops::attention_calls();
+  const StepSums sums = accumulate(batch, &timer);
+  const auto calls = ops::attention_calls();
+  timer.begin(Phase::kOptimizer);
   // Note: the learning rate is that at the END of the step, so that a warm-up from 0 does not waste
   // the first step and the last step has the schedule's last value.
   const double learning_rate =
       config_.optimizer.learning_rate.at(steps_done_ + 1, tokens_done_ + batch.tokens);
   const double bias_rate = config_.model.moe.bias_update_rate.at(steps_done_, tokens_done_);
   const ops::Range update("optimizer");
-  const GradientNorm norm = optimizer_->decide(watch_->guard(steps_done_ + 1, sums, batch));
+  GradientNorm norm = optimizer_->decide(watch_->guard(steps_done_ + 1, sums, batch));
   watch_->locate(norm, steps_done_ + 1);
   saver_->before_change(device_);  // a save under way still reads what changes now
   if (ema_) ema_->before_change();
   optimizer_->apply(learning_rate, norm);
-  if (sums.loads.defined() && config_.model.moe.use_bias && bias_rate != 0)
-    model_->update_router_biases(sums.loads, bias_rate, norm.skip);
+  if (sums.load.tokens.defined() && config_.model.moe.use_bias && bias_rate != 0)
+    model_->update_router_biases(sums.load.tokens, bias_rate, norm.skip);
+  timer.end();
   ++steps_done_;
   if (ema_) ema_->after_step(steps_done_);
   tokens_done_ += batch.tokens;
@@ -161,7 +169,22 @@ PendingNumbers Trainer::step() {
   for (const auto& micro_batch : batch.micro_batches)
     info_.origins.insert(info_.origins.end(), micro_batch.origins.begin(),
                          micro_batch.origins.end());
-  return {sums, norm, batch};
+  info_.checkpoint_seconds = std::exchange(checkpoint_seconds_, 0.0);
+  const auto attended = std::max<int64_t>(1, calls.all - calls_before.all);
+  info_.fallback_rate =
+      static_cast<double>(calls.fallbacks - calls_before.fallbacks) / static_cast<double>(attended);
+  return {
+      sums,
+      norm,
+      batch,
+      {.biases = config_.model.moe.use_bias ? model_->router_biases() : std::vector<at::Tensor>(),
+       .with_loads = wants_layers(steps_done_),
+       .timer = std::move(timer)}};
+}
+
+bool Trainer::wants_layers(int64_t step) const {
+  const int64_t every = config_.monitor.per_layer_every;
+  return every > 0 && (step == 1 || step % every == 0);
 }
 
 void Trainer::profile_before_step() {

@@ -107,6 +107,9 @@ class Trainer {
   struct StepInfo {
     int64_t step = 0, tokens_done = 0, tokens = 0, sequences = 0;
     double learning_rate = 0, data_seconds = 0;
+    double checkpoint_seconds =
+        0;                     // that the saves finished since the step before held up the loop
+    double fallback_rate = 0;  // of the attention's calls
     std::vector<SampleOrigin> origins;  // of the global batch
   };
 
@@ -125,11 +128,13 @@ class Trainer {
   std::vector<std::string> settle_directory(const ResumePoint& point);
   void announce();
   GlobalBatch next_global_batch();
-  StepSums accumulate(const GlobalBatch& batch) const;
+  StepSums accumulate(const GlobalBatch& batch, PhaseTimer* timer = nullptr) const;
   friend struct Replay replay_next(Trainer& trainer);  // training/replay.h
   Record make_record(const StepNumbers& numbers, const StepInfo& info, double seconds) const;
   void report(PendingNumbers numbers, const StepInfo& info);
   double seconds_left(int64_t step) const;
+  /// Whether the record of this step also holds every layer's numbers.
+  bool wants_layers(int64_t step) const;
   bool out_of_time() const;
   bool must_stop() const;  // a signal or the wall-clock limit
   std::optional<StopReason> stop_reason() const;
@@ -158,6 +163,7 @@ class Trainer {
   StepInfo info_;                     // of the step that was queued last
   Clock::time_point started_, mark_;  // of the loop; of the last report
   double smooth_step_seconds_ = 0;
+  double checkpoint_seconds_ = 0;  // that finished saves have held up the loop, not yet reported
   double longest_step_seconds_ = 0, longest_save_seconds_ = 0;
   std::unique_ptr<RunLock> lock_;
   std::unique_ptr<Saver> saver_;  // its threads read parameters_ and the optimizer's state

@@ -135,6 +135,7 @@ void Trainer::finish_save(const std::optional<SaveResult>& result) {
     return;
   }
   policy_->saved(result->step);
+  checkpoint_seconds_ += result->stall_seconds;
   saved_ = result->directory;
   longest_save_seconds_ = std::max(longest_save_seconds_, result->seconds);
   monitor_->info(

@@ -25,7 +25,8 @@ TEST(ConfigErrors, UnknownKeyOfAnotherSectionIsFoundThere) {
 
 TEST(ConfigErrors, UnknownKeyNearNothingListsTheSection) {
   EXPECT_EQ(error_of("monitor: {zzzzzzzz: 4}"),
-            "run.yaml:1:11: monitor.zzzzzzzz: unknown key, monitor has tensorboard, wandb");
+            "run.yaml:1:11: monitor.zzzzzzzz: unknown key, monitor has tensorboard, wandb, "
+            "prometheus, per_layer_every");
 }
 
 TEST(ConfigErrors, WrongType) {

@@ -56,7 +56,8 @@ kernels::AdamW parameters(const State& state, int step) {
           .correction2 = 1.0f - static_cast<float>(std::pow(kBeta2, step)),
           .gradient_scale = nullptr,
           .skip = nullptr,
-          .zero_gradients = false};
+          .zero_gradients = false,
+          .partials = nullptr};
 }
 
 /// One step in float64 from the stored values.

@@ -22,6 +22,7 @@ struct PlainAdamW {
   std::vector<Numbers> weights, m, v;  // by bucket
   std::vector<int64_t> decay_end;
   int step = 0;
+  double moved = 0, before = 0;  // Σ (w after - w before)², Σ (w before)² of the last step
 
   double update(const std::vector<Numbers>& gradients, double lr) {
     double squares = 0;
@@ -30,16 +31,20 @@ struct PlainAdamW {
     const double norm = std::sqrt(squares);
     const double scale = options.clip > 0 ? std::min(1.0, options.clip / (norm + 1e-6)) : 1.0;
     ++step;
+    moved = before = 0;
     for (size_t b = 0; b < weights.size(); ++b) {
       for (size_t i = 0; i < weights[b].size(); ++i) {
         const double g = gradients[b][i] * scale;
         double& w = weights[b][i];
+        const double old = w;
+        before += w * w;
         if (static_cast<int64_t>(i) < decay_end[b]) w -= lr * options.weight_decay * w;
         m[b][i] = options.beta1 * m[b][i] + (1 - options.beta1) * g;
         v[b][i] = options.beta2 * v[b][i] + (1 - options.beta2) * g * g;
         const double corrected_m = m[b][i] / (1 - std::pow(options.beta1, step));
         const double corrected_v = v[b][i] / (1 - std::pow(options.beta2, step));
         w -= lr * corrected_m / (std::sqrt(corrected_v) + options.eps);
+        moved += (w - old) * (w - old);
       }
     }
     return norm;
@@ -121,6 +126,10 @@ TEST_P(AdamWTest, FollowsTheFormulaInFloat64) {
       const GradientNorm norm = optimizer.step(1e-2);
       EXPECT_NEAR(norm.norm.item<float>(), expected_norm, 1e-5 * expected_norm);
       EXPECT_EQ(norm.skip.item<int>(), 0);
+      const Numbers moved = numbers_of(norm.moved);
+      const double near = c.weights == at::kFloat ? 1e-5 : 2e-2;
+      EXPECT_NEAR(moved[0], plain.moved, near * plain.moved);
+      EXPECT_NEAR(moved[1], plain.before, near * plain.before);
       for (const auto& bucket : buckets) EXPECT_EQ(bucket.grads.ne(0).sum().item<int64_t>(), 0);
     }
     // BF16 weights without masters lose small updates; BF16 moments lose 8 bits: only then is the
@@ -229,10 +238,31 @@ TEST_P(AdamWTest, ANormThatIsNoNumberChangesNothing) {
     AdamW optimizer(buckets, {});
     buckets[1].grads[3].fill_(bad);
     buckets[0].grads.fill_(1.0);
-    EXPECT_EQ(optimizer.step(0.1).skip.item<int>(), kernels::kSkipNotFinite);
+    const GradientNorm norm = optimizer.step(0.1);
+    EXPECT_EQ(norm.skip.item<int>(), kernels::kSkipNotFinite);
+    EXPECT_EQ(numbers_of(norm.moved), (Numbers{0, 0}));
     EXPECT_EQ(optimizer.steps_done(), 0);
     EXPECT_TRUE(test::same_bits(buckets[0].values, before));
     EXPECT_EQ(buckets[1].grads.ne(0).sum().item<int64_t>(), 0) << "the bad gradient must not stay";
+  }
+}
+
+TEST_P(AdamWTest, HowFarTheWeightsMovedIsSummedOverEveryPart) {
+  SCOPED_TRACE(test::seed_text(seed_));
+  // Part borders (2048 elements), unaligned starts, and ranges without decay or without the rest.
+  for (const int64_t size : {1, 2047, 2048, 2049, 4100, 70000}) {
+    for (const int64_t decay_end : {int64_t{0}, size / 2, size}) {
+      std::vector<Bucket> buckets{make_bucket(size, decay_end, at::kFloat, at::kFloat)};
+      const at::Tensor before = buckets[0].values.to(at::kDouble);
+      AdamW optimizer(buckets, {});
+      draw_gradients(buckets[0], 1.0);
+      const Numbers moved = numbers_of(optimizer.step(1e-2).moved);
+      const at::Tensor change = buckets[0].values.to(at::kDouble).sub(before);
+      const double expected = change.mul(change).sum().item<double>();
+      EXPECT_NEAR(moved[0], expected, 1e-4 * expected) << size << ", " << decay_end;
+      const double weight = before.mul(before).sum().item<double>();
+      EXPECT_NEAR(moved[1], weight, 1e-6 * weight) << size << ", " << decay_end;
+    }
   }
 }
 

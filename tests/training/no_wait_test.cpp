@@ -37,7 +37,7 @@ PendingNumbers one_step(Model& model, AdamW& optimizer, const GlobalBatch& batch
                         const GradientOptions& options) {
   const StepSums sums = accumulate_gradients(model, batch, options);
   const GradientNorm norm = optimizer.step(1e-3);
-  model.update_router_biases(sums.loads, 1e-3, norm.skip);
+  model.update_router_biases(sums.load.tokens, 1e-3, norm.skip);
   return {sums, norm, batch};
 }
 

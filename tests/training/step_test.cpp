@@ -2,7 +2,12 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+
+#include <chrono>
+#include <cmath>
 
 #include "kernels/optimizer.h"
 #include "support/compare.h"
@@ -58,7 +63,7 @@ class StepTest : public testing::TestWithParam<at::Device> {
   void expect_equal(const Outcome& actual, const Outcome& expected) {
     EXPECT_TRUE(test::close(actual.sums.scalars, expected.sums.scalars, 1e-6));
     EXPECT_TRUE(test::close(actual.gradients, expected.gradients, 1e-6));
-    EXPECT_TRUE(test::same_bits(actual.sums.loads, expected.sums.loads));
+    EXPECT_TRUE(test::same_bits(actual.sums.load.tokens, expected.sums.load.tokens));
     EXPECT_GT(expected.gradients.norm().item<float>(), 0);
   }
 };
@@ -100,10 +105,10 @@ TEST_P(StepTest, RecomputationChangesNoGradientAndCountsNoTokenTwice) {
   const auto whole = test::random_batch(random_, config_, 3, 17);
   const GradientOptions options{.balance_alpha = 1e-2, .mtp_weight = 0.3};
   const auto expected = run({whole}, options);
-  const int64_t layers = expected.sums.loads.size(0);
+  const int64_t layers = expected.sums.load.tokens.size(0);
   EXPECT_EQ(layers, 2);  // the MoE layer and the MTP module's
   // The MTP module has no token at a sequence's last place.
-  EXPECT_EQ(expected.sums.loads.sum().item<int64_t>(),
+  EXPECT_EQ(expected.sums.load.tokens.sum().item<int64_t>(),
             3 * (17 + 16) * config_.moe.num_experts_per_token);
   for (const auto policy : {Recompute::kSelective, Recompute::kFull}) {
     GradientOptions again = options;
@@ -119,22 +124,71 @@ TEST_P(StepTest, NumbersAreMeansOverTheGlobalBatch) {
   EXPECT_EQ(global.tokens, 48);
   EXPECT_EQ(global.sequences, 4);
   const auto outcome = run(split(whole, 1), {.mtp_weight = 0.3});
+  const at::Tensor moved =
+      at::tensor({0.04, 4.0}, at::TensorOptions(at::kDouble).device(GetParam()));
   const GradientNorm norm{
       outcome.gradients.norm(),
-      at::full({}, kernels::kSkipSpike, at::TensorOptions(at::kInt).device(GetParam()))};
-  const auto numbers = PendingNumbers(outcome.sums, norm, global).wait();
+      at::full({}, kernels::kSkipSpike, at::TensorOptions(at::kInt).device(GetParam())), moved};
+  const auto numbers =
+      PendingNumbers(outcome.sums, norm, global, {.biases = {}, .with_loads = true, .timer = {}})
+          .wait();
   EXPECT_NEAR(numbers.loss, std::log(264.0), 0.5);  // random weights guess evenly
-  EXPECT_NEAR(numbers.mtp_loss, std::log(264.0), 0.5);
+  ASSERT_EQ(numbers.mtp_losses.size(), 1u);
+  EXPECT_NEAR(numbers.mtp_losses[0], std::log(264.0), 0.5);
+  EXPECT_GE(numbers.mtp_acceptances[0], 0);
   EXPECT_DOUBLE_EQ(numbers.loss * static_cast<double>(global.valid),
                    outcome.sums.scalars[0].item<double>());
   EXPECT_FLOAT_EQ(static_cast<float>(numbers.grad_norm), outcome.gradients.norm().item<float>());
-  const at::Tensor loads = outcome.sums.loads.to(at::kDouble);
-  double worst = 0;
-  for (int64_t layer = 0; layer < loads.size(0); ++layer)
-    worst = std::max(worst, loads[layer].max().div(loads[layer].mean()).item<double>() - 1);
-  EXPECT_NEAR(numbers.max_violation, worst, 1e-9);
-  EXPECT_GE(numbers.load_imbalance, 0);
   EXPECT_EQ(numbers.skip, kernels::kSkipSpike);
+  EXPECT_NEAR(numbers.update_to_weight, 0.1, 1e-12);
+  const at::Tensor loads = outcome.sums.load.tokens.to(at::kCPU, at::kDouble);
+  ASSERT_EQ(numbers.layers.size(), 2u);
+  ASSERT_EQ(numbers.loads.size(), 2u);
+  for (int64_t layer = 0; layer < loads.size(0); ++layer) {
+    const auto i = static_cast<size_t>(layer);
+    EXPECT_NEAR(numbers.layers[i][kernels::kMaxViolation],
+                loads[layer].max().div(loads[layer].mean()).item<double>() - 1, 1e-9);
+    EXPECT_GE(numbers.layers[i][kernels::kMicroViolation],
+              numbers.layers[i][kernels::kMaxViolation] - 1e-9)
+        << "a maximum of sums is no more than the sum of the maxima";
+    EXPECT_EQ(numbers.layers[i][kernels::kBiasSpread], 0) << "no bias was given";
+    for (int64_t expert = 0; expert < loads.size(1); ++expert)
+      EXPECT_EQ(static_cast<double>(numbers.loads[i][static_cast<size_t>(expert)]),
+                loads[layer][expert].item<double>());
+  }
+}
+
+TEST_P(StepTest, AStepThatMovedNothingHasNoRatio) {
+  StepSums sums;
+  sums.scalars = at::zeros({3}, at::TensorOptions(at::kDouble).device(GetParam()));
+  const GradientNorm norm{sums.scalars[0], sums.scalars[1], at::zeros({2}, sums.scalars.options())};
+  GlobalBatch batch;
+  batch.valid = batch.sequences = 1;
+  const auto numbers = PendingNumbers(sums, norm, batch).wait();
+  EXPECT_TRUE(std::isnan(numbers.update_to_weight));
+  EXPECT_TRUE(std::isnan(numbers.balance_loss));
+  EXPECT_TRUE(numbers.layers.empty());
+}
+
+TEST_P(StepTest, PhasesAddUpTheirStretches) {
+  PhaseTimer timer(GetParam());
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 3; ++i) {
+    timer.begin(Phase::kForward);
+    timer.begin(Phase::kBackward);
+  }
+  timer.end();
+  timer.begin(Phase::kOptimizer);
+  timer.end();
+  at::zeros({1}, at::TensorOptions(GetParam())).to(at::kCPU);  // waits for the device
+  const double all =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  double sum = 0;
+  for (const double seconds : timer.seconds()) {
+    EXPECT_GE(seconds, 0);
+    sum += seconds;
+  }
+  EXPECT_LE(sum, all);
 }
 
 TEST(GlobalBatch, CountsValidLabelsByDepthAndDocument) {

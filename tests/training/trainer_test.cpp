@@ -80,27 +80,94 @@ TEST_F(TrainerTest, LearnsAFewSentences) {
 TEST_F(TrainerTest, ARunDirectoryHoldsConfigMetricsLogAndWeights) {
   config_.training.steps = 5;
   config_.training.eval_every = 2;
-  config_.monitor.tensorboard = true;
   const auto result = train("run", config_);
   const auto run = directory_.path() / "run";
   EXPECT_EQ(result.checkpoint, run / "checkpoints" / "step_5");
   EXPECT_EQ(latest_checkpoint(run), result.checkpoint);
   EXPECT_EQ(load_config(run / "config.yaml", {}), config_);
   EXPECT_NE(read_file(run / "log.txt").find("evaluation after step 4"), std::string::npos);
-  EXPECT_NE(read_file(run / "log.txt").find("monitor.tensorboard"), std::string::npos);
   std::vector<int64_t> steps, evaluations;
   for (const auto& record : metrics("run")) {
     (record.contains("eval/loss") ? evaluations : steps).push_back(record["step"]);
     if (!record.contains("train/loss")) continue;
-    for (const char* name :
-         {"train/lr", "train/grad_norm", "train/tokens_per_sec", "train/step_time", "mtp/loss",
-          "moe/max_vio", "moe/load_imbalance", "train/bits_per_byte"})
+    for (const char* name : {"train/lr",
+                             "train/grad_norm",
+                             "train/tokens_per_sec",
+                             "train/step_time",
+                             "mtp/loss",
+                             "moe/max_vio",
+                             "moe/load_imbalance",
+                             "train/bits_per_byte",
+                             "time",
+                             "train/update_to_weight",
+                             "train/time_data",
+                             "train/time_forward",
+                             "train/time_backward",
+                             "train/time_optimizer",
+                             "train/time_communication",
+                             "train/time_checkpoint",
+                             "mla/kv_cache_size_mb",
+                             "mla/compression_ratio",
+                             "mla/fallback_rate",
+                             "mtp/acceptance",
+                             "mtp/loss/depth_1",
+                             "mtp/acceptance/depth_1",
+                             "moe/entropy",
+                             "moe/utilization",
+                             "moe/max_vio_micro",
+                             "moe/bias_spread"})
       EXPECT_TRUE(record.contains(name) && record[name].is_number()) << name;
     EXPECT_FALSE(record.contains("train/mfu")) << "a CPU has no known peak";
   }
   EXPECT_EQ(steps, (std::vector<int64_t>{1, 2, 3, 4, 5}));
   EXPECT_EQ(evaluations, (std::vector<int64_t>{2, 4, 5}));
   EXPECT_EQ(metrics("run")[0]["train/tokens"], 4 * 16);
+}
+
+TEST_F(TrainerTest, EveryLayersRoutingComesAtItsInterval) {
+  config_.training.steps = 7;
+  config_.monitor.per_layer_every = 3;
+  train("run", config_);
+  std::vector<int64_t> steps;
+  for (const auto& record : metrics("run")) {
+    if (!record.contains("moe/expert_distribution")) {
+      EXPECT_FALSE(record.contains("moe/max_vio/layer_1"));
+      continue;
+    }
+    steps.push_back(record["step"]);
+    const auto loads = record["moe/expert_distribution"].get<std::vector<std::vector<int64_t>>>();
+    ASSERT_EQ(loads.size(), 2u);  // the MoE layer 1 and the MTP module's, 2
+    double worst = 0, entropy = 0;
+    for (size_t layer = 0; layer < 2; ++layer) {
+      ASSERT_EQ(loads[layer].size(), 4u);
+      int64_t total = 0, most = 0;
+      for (const int64_t load : loads[layer]) {
+        total += load;
+        most = std::max(most, load);
+      }
+      EXPECT_EQ(total, 4 * 16 * 2) << "tokens of the global batch times choices";
+      const auto suffix = "/layer_" + std::to_string(layer + 1);
+      const double violation = 4.0 * static_cast<double>(most) / static_cast<double>(total) - 1;
+      EXPECT_NEAR(record["moe/max_vio" + suffix], violation, 1e-12);
+      worst = std::max(worst, violation);
+      entropy += record["moe/entropy" + suffix].get<double>() / 2;
+      EXPECT_NEAR(record["moe/bias_spread" + suffix],
+                  record["step"] == 1 ? 0.002 : record["moe/bias_spread" + suffix].get<double>(),
+                  1e-6)
+          << "γ up and γ down after one step";
+    }
+    EXPECT_NEAR(record["moe/max_vio"], worst, 1e-12);
+    EXPECT_NEAR(record["moe/entropy"], entropy, 1e-12);
+    // 2 layers × 16 tokens × (16 + 8) FP32; 2 heads × (16 + 8) against 24.
+    EXPECT_DOUBLE_EQ(record["mla/kv_cache_size_mb"], 2 * 16 * 24 * 4 / 1e6);
+    EXPECT_DOUBLE_EQ(record["mla/compression_ratio"], 2.0);
+    EXPECT_EQ(record["mla/fallback_rate"], 0);
+  }
+  EXPECT_EQ(steps, (std::vector<int64_t>{1, 3, 6}));
+  config_.monitor.per_layer_every = 0;
+  train("none", config_);
+  for (const auto& record : metrics("none"))
+    EXPECT_FALSE(record.contains("moe/expert_distribution"));
 }
 
 TEST_F(TrainerTest, MicroBatchesOfAnySizeGiveTheSameLosses) {

@@ -91,6 +91,12 @@ __device__ __forceinline__ void ema1(const AdamW& p, float w, int64_t i) {
   store1_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 
+/// How far a thread's weights moved: Σ (w after - w before)², before rounding, and Σ (w before)².
+/// FP32 within eight elements, FP64 beyond.
+struct Moved {
+  double update = 0.0, weight = 0.0;
+};
+
 /// The types of a range: weights, gradients, moments, whether there is a master, whether what is
 /// BF16 is rounded at random.
 template <typename W, typename G, typename M, bool kHasMaster, bool kRoundsAtRandom>
@@ -110,10 +116,10 @@ __device__ __forceinline__ typename Types::Kept* kept_weights(const AdamW& p) {
 }
 
 /// Elements i … i + 7, 16-byte aligned; `w` becomes the new weights as they are kept. All four
-/// loads are asked for before the first is used.
+/// loads are asked for before the first is used. `moved` may be null.
 template <typename Types>
 __device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, float gradient_scale,
-                                        int64_t i, float (&w)[kVector]) {
+                                        int64_t i, float (&w)[kVector], Moved* moved = nullptr) {
   using M = typename Types::Moment;
   auto* const kept = kept_weights<Types>(p) + i;
   M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
@@ -131,10 +137,18 @@ __device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, f
   unpack(v_words, v);
   unpack(w_words, w);
   const int64_t decayed = p.decay_end - i;
+  float update = 0.0f, weight = 0.0f;
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
+    const float before = w[e];
     kernels::detail::adamw_element<FastMath>(f, e < decayed ? f.decay : 0.0f,
                                              __fmul_rn(g[e], gradient_scale), w[e], m[e], v[e]);
+    update = fmaf(w[e] - before, w[e] - before, update);
+    weight = fmaf(before, before, weight);
+  }
+  if (moved != nullptr) {
+    moved->update += update;
+    moved->weight += weight;
   }
   store8_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
   store8_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
@@ -150,9 +164,10 @@ __device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, f
   }
 }
 
-/// Element i alone; returns the new weight as it is kept.
+/// Element i alone; returns the new weight as it is kept. `moved` may be null.
 template <typename Types>
-__device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_scale, int64_t i) {
+__device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_scale, int64_t i,
+                         Moved* moved = nullptr) {
   using M = typename Types::Moment;
   auto* const kept = kept_weights<Types>(p) + i;
   M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
@@ -160,7 +175,12 @@ __device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_s
   float w = to_float(*kept), m = to_float(*exp_avg), v = to_float(*exp_avg_sq);
   const float g = __fmul_rn(to_float(static_cast<const typename Types::Gradient*>(p.gradients)[i]),
                             gradient_scale);
+  const float before = w;
   kernels::detail::adamw_element<FastMath>(f, i < p.decay_end ? f.decay : 0.0f, g, w, m, v);
+  if (moved != nullptr) {
+    moved->update += (w - before) * (w - before);
+    moved->weight += before * before;
+  }
   store1_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
   store1_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
   store1_rounded<Types::kStochastic>(p, kept, w, i, Rounded::kWeight);
