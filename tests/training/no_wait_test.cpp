@@ -8,6 +8,7 @@
 
 #include "optim/adamw.h"
 #include "support/forbid_waiting.h"
+#include "training/bad_numbers.h"
 #include "training/step.h"
 #include "training/tiny.h"
 
@@ -33,10 +34,12 @@ TEST_F(NoWaitTest, TheGuardSeesAHostThatWaits) {
 }
 
 /// What Trainer::step does, without reading the numbers.
-PendingNumbers one_step(Model& model, AdamW& optimizer, const GlobalBatch& batch,
-                        const GradientOptions& options) {
+PendingNumbers one_step(Model& model, AdamW& optimizer, BadNumbers& bad_numbers,
+                        const GlobalBatch& batch, const GradientOptions& options) {
   const StepSums sums = accumulate_gradients(model, batch, options);
-  const GradientNorm norm = optimizer.step(1e-3);
+  GradientNorm norm = optimizer.decide({.losses = sums.scalars});
+  bad_numbers.locate(norm.skip, 1);
+  optimizer.apply(1e-3, norm);
   model.update_router_biases(sums.load.tokens, 1e-3, norm.skip);
   return {sums, norm, batch};
 }
@@ -58,6 +61,7 @@ TEST_F(NoWaitTest, AStepNeverWaitsForTheGpu) {
         parameters.allocate({.dtype = dtype, .gradients = true, .cuda = true});
         parameters.initialize(seed);
         AdamW optimizer(parameters.buckets(), {});
+        BadNumbers bad_numbers(parameters);
         Batch padded = test::random_batch(random, config, 2, 16);
         for (size_t i = 28; i < 32; ++i) {
           padded.labels[i] = kIgnoreLabelId;
@@ -71,11 +75,11 @@ TEST_F(NoWaitTest, AStepNeverWaitsForTheGpu) {
                                       .balance_alpha = 1e-2,
                                       .mtp_weight = 0.3};
         // The first step may wait: it copies the rotary table and opens libraries.
-        one_step(model, optimizer, batch, options).wait();
+        one_step(model, optimizer, bad_numbers, batch, options).wait();
         std::optional<PendingNumbers> numbers;
         {
           const test::ForbidWaiting guard;
-          EXPECT_NO_THROW(numbers.emplace(one_step(model, optimizer, batch, options)));
+          EXPECT_NO_THROW(numbers.emplace(one_step(model, optimizer, bad_numbers, batch, options)));
         }
         if (numbers) {
           EXPECT_GT(numbers->wait().loss, 0);
