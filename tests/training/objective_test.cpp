@@ -143,8 +143,9 @@ class ObjectiveTest : public ::testing::TestWithParam<at::Device> {
     }
     for (size_t layer = 0; layer < expected.counts.size(); ++layer) {
       for (size_t e = 0; e < expected.counts[layer].size(); ++e) {
-        EXPECT_EQ(sums.loads[static_cast<int64_t>(layer)][static_cast<int64_t>(e)].item<int64_t>(),
-                  expected.counts[layer][e])
+        EXPECT_EQ(
+            sums.load.tokens[static_cast<int64_t>(layer)][static_cast<int64_t>(e)].item<int64_t>(),
+            expected.counts[layer][e])
             << "layer " << layer << ", expert " << e;
       }
     }
@@ -215,7 +216,7 @@ TEST_P(ObjectiveTest, AnExpertWithoutTokensHasExactlyNoGradient) {
     optimizer.step(1e-3);
     favour(-10);
     const StepSums sums = accumulate_gradients(*fixture.model, batch, options());
-    EXPECT_EQ(sums.loads.select(1, expert).sum().item<int64_t>(), 0);
+    EXPECT_EQ(sums.load.tokens.select(1, expert).sum().item<int64_t>(), 0);
     EXPECT_EQ(expert_gradients(fixture.parameters, expert).max().item<float>(), 0);
     EXPECT_GT(fixture.gradients().abs().max().item<double>(), 0);
   }
