@@ -35,7 +35,7 @@ def write_megatron(prefix, vocab_size, documents, length, seed=1):
 def run_ours(program, config, overrides, steps, device, dtype, directory):
     out = os.path.join(directory, "run")
     subprocess.run([program, "train", config, "--out", out, "--overwrite", "--steps", str(steps), "--device", device,
-                    f"model.dtype={dtype}", "training.sample_tokens=0", "training.eval_every=0", *overrides],
+                    f"model.dtype={dtype}", "training.sample_tokens=0", "training.eval_every=0", "checkpoint.at_end=false", *overrides],
                    check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
     rows = [row for row in rows if "train/tokens_per_sec" in row][3:]

@@ -194,6 +194,7 @@ struct CheckpointConfig {
   double every_minutes = 0;  // since the last save; 0 = not by time
   int64_t keep_last = 2;     // newest checkpoints that are kept
   int64_t keep_every = 0;    // steps; checkpoints of its multiples are kept for good; 0 = none
+  bool at_end = true;        // also when the run ends or is told to stop; false: benchmarks
   bool operator==(const CheckpointConfig&) const = default;
 };
 

@@ -202,7 +202,7 @@ constexpr Field kRun[] = {
      "step"},
 
     {"checkpoint.every_steps", DSV3_SLOT(checkpoint.every_steps), "steps",
-     "steps between checkpoints; 0 = not by steps; there is always one at the end", kCount},
+     "steps between checkpoints; 0 = not by steps", kCount},
     {"checkpoint.every_minutes", DSV3_SLOT(checkpoint.every_minutes), "minutes",
      "time between checkpoints, also beside every_steps; 0 = not by time", kNotNegative},
     {"checkpoint.keep_last",
@@ -212,6 +212,8 @@ constexpr Field kRun[] = {
      {1, 1e9}},
     {"checkpoint.keep_every", DSV3_SLOT(checkpoint.keep_every), "steps",
      "checkpoints of every multiple of this are kept for good; 0 = none", kCount},
+    {"checkpoint.at_end", DSV3_SLOT(checkpoint.at_end), "",
+     "one when the run ends or is told to stop; false for benchmarks, whose weights nobody wants"},
 
     {"monitor.tensorboard", DSV3_SLOT(monitor.tensorboard), "",
      "write TensorBoard event files to RUN/tensorboard/"},

@@ -152,6 +152,7 @@ void Trainer::finish_save(const std::optional<SaveResult>& result) {
 
 void Trainer::save_at_end() {
   constexpr int kTries = 3;
+  if (!config_.checkpoint.at_end) return;
   if (policy_->last_saved_step() == steps_done_ && !finished_) return;
   const SaveJob job = save_job();
   for (int attempt = 1;; ++attempt) {
