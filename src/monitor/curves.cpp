@@ -46,22 +46,27 @@ MetricSeries thin_out(const MetricSeries& series, size_t limit) {
 }
 
 MetricSeries smooth(const MetricSeries& series, size_t window) {
-  const double keep = 1 - 2 / (static_cast<double>(window) + 1);
-  double sum = 0, weight = 0;
+  // Sums and counts of the finite values before each point.
+  std::vector<double> sums{0}, counts{0};
+  for (const MetricPoint& point : series) {
+    const bool finite = std::isfinite(point.value);
+    sums.push_back(sums.back() + (finite ? point.value : 0));
+    counts.push_back(counts.back() + (finite ? 1 : 0));
+  }
   MetricSeries result;
   result.reserve(series.size());
-  for (const auto& [step, value] : series) {
-    if (std::isfinite(value)) {
-      sum = keep * sum + (1 - keep) * value;
-      weight = keep * weight + (1 - keep);
-    }
-    result.push_back({step, std::isfinite(value) ? sum / weight : kNan});
+  for (size_t i = 0; i < series.size(); ++i) {
+    const size_t half = std::min(window / 2, i);
+    const size_t begin = i - half, end = std::min(i + half + 1, series.size());
+    const bool finite = std::isfinite(series[i].value);
+    result.push_back({series[i].step,
+                      finite ? (sums[end] - sums[begin]) / (counts[end] - counts[begin]) : kNan});
   }
   return result;
 }
 
 size_t smoothing_window(size_t num_points) {
-  return std::clamp<size_t>(num_points / 40, 5, 500);
+  return std::clamp<size_t>(num_points / 40, 5, 500) | 1U;
 }
 
 AlignedSeries bucket_means(const std::vector<const MetricSeries*>& series, size_t limit) {

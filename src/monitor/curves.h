@@ -13,11 +13,13 @@ namespace dsv3 {
 /// bucket that holds a NaN keeps one, so that gaps stay gaps. Shorter series come back as they are.
 MetricSeries thin_out(const MetricSeries& series, size_t limit);
 
-/// Exponential moving average over about `window` points, without the pull of a first value; NaN
-/// where the series is, and not drawn in by it.
+/// At each point the mean of the finite values of `window` points around it; fewer, as far before
+/// as behind, where the series begins (a loss falls steeply there), and those there are where it
+/// ends. NaN where the series is.
 MetricSeries smooth(const MetricSeries& series, size_t window);
 
-/// The window that the page smooths a series of `num_points` with: a fortieth of it, 5 to 500.
+/// The odd window that the page smooths a series of `num_points` with: about a fortieth of it, 5 to
+/// 501.
 size_t smoothing_window(size_t num_points);
 
 /// Series with one common x: means over at most `limit` buckets of neighbouring steps.

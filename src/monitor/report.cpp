@@ -211,7 +211,7 @@ std::vector<std::pair<std::string, std::string>> headline(const RunHistory& hist
       {"tokens", tokens.empty() || !std::isfinite(tokens.back().value)
                      ? kNothing
                      : short_count(tokens.back().value)},
-      {"time", short_time(seconds)},
+      {"time", std::isfinite(seconds) ? short_time(seconds) : kNothing},
       {"loss, last 50 steps", number("{:.4f}", mean_of_last(losses, 50))},
       {"best evaluation", std::isfinite(best.value)
                               ? fmt::format("{:.4f} at step {}", best.value, best.step)

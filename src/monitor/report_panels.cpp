@@ -116,31 +116,30 @@ bool has_number(const MetricSeries& series) {
                      [](const MetricPoint& point) { return std::isfinite(point.value); });
 }
 
+/// `window`: steps that a value is the mean of.
 Json curve_json(const MetricSeries& series, size_t limit, size_t run, std::string_view name,
-                std::string label, const char* style) {
+                const char* style, size_t window = 1) {
   Json steps = Json::array(), values = Json::array();
   for (const auto& [step, value] : thin_out(series, limit)) {
     steps.push_back(step);
     values.push_back(short_number(value));
   }
-  return {{"run", run},    {"name", name},    {"label", std::move(label)}, {"style", style},
-          {"step", steps}, {"value", values}, {"total", series.size()}};
+  return {{"run", run},       {"name", name},  {"label", name},   {"style", style},
+          {"window", window}, {"step", steps}, {"value", values}, {"total", series.size()}};
 }
 
 void add_curve(Json& curves, const Curve& curve, size_t run, const RunHistory& history) {
   const MetricSeries& series = history.series(curve.metric);
   if (!has_number(series)) return;
+  const auto add = [&](const MetricSeries& points, const char* style, size_t window = 1) {
+    curves.push_back(curve_json(points, kMostPoints, run, curve.metric, style, window));
+  };
   const size_t window = smoothing_window(series.size());
-  const bool mean = curve.style == Style::kMean || curve.style == Style::kRawAndMean;
-  if (curve.style == Style::kRawAndMean)
-    curves.push_back(curve_json(series, kMostPoints, run, curve.metric, curve.metric, "raw"));
-  if (mean)
-    curves.push_back(curve_json(smooth(series, window), kMostPoints, run, curve.metric,
-                                fmt::format("{}, mean of ~{} steps", curve.metric, window),
-                                "mean"));
-  if (!mean)
-    curves.push_back(curve_json(series, kMostPoints, run, curve.metric, curve.metric,
-                                curve.style == Style::kDots ? "dots" : "line"));
+  if (curve.style == Style::kRawAndMean) add(series, "raw");
+  if (curve.style == Style::kRawAndMean || curve.style == Style::kMean)
+    add(smooth(series, window), "mean", window);
+  if (curve.style == Style::kLine) add(series, "line");
+  if (curve.style == Style::kDots) add(series, "dots");
 }
 
 Json panel_json(const Panel& panel, const std::vector<ReportRun>& runs) {
@@ -176,9 +175,10 @@ void add_layer_panels(Json& all, const RunHistory& history) {
     Json curves = Json::array();
     for (const int64_t layer : layers_of(history, metric)) {
       const MetricSeries& series = history.series(name_of_layer(metric, layer));
-      if (has_number(series))
-        curves.push_back(curve_json(series, kMostLayerPoints, 0, name_of_layer(metric, layer),
-                                    fmt::format("layer {}", layer), "line"));
+      if (!has_number(series)) continue;
+      curves.push_back(
+          curve_json(series, kMostLayerPoints, 0, name_of_layer(metric, layer), "line"));
+      curves.back()["label"] = fmt::format("layer {}", layer);
     }
     if (curves.empty()) continue;
     std::string id(metric);
@@ -219,6 +219,7 @@ Json step_time_panel(const RunHistory& history) {
                       {"name", name},
                       {"label", last ? "the rest" : name.substr(name.find("time_") + 5)},
                       {"style", "area"},
+                      {"window", 1},
                       {"step", means.steps},
                       {"value", std::move(numbers)},
                       {"total", total}});

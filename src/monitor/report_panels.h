@@ -7,9 +7,10 @@
 
 namespace dsv3 {
 
-/// The charts of a page, as its script reads them: [{id, title, unit, kind, log, note, series:
-/// [{run, name, label, style, step, value, total}]}]. Charts without a curve are left out. With
-/// several runs the curves by layer are left out too, and the step's time is one curve a run.
+/// The charts of a page, as its script reads them: [{id, title, unit, kind, log, startsLog, note,
+/// series: [{run, name, label, style, window, step, value, total}]}]. Charts without a curve are
+/// left out. With several runs the curves by layer are left out too, and the step's time is one
+/// curve a run.
 nlohmann::ordered_json report_panels(const std::vector<ReportRun>& runs);
 
 /// The loads of experts over time, {layers, experts, scale, total, frames: [{step, cells}]}, cells

@@ -173,7 +173,9 @@ class Chart {
     }
     this.drawMarks();
     this.figure.dataset.points = points;
-    const notes = [this.panel.note, drawn ? `${drawn} of ${total} points drawn: the extremes of each bucket` : ""];
+    const windows = this.shown().filter(series => series.window > 1).map(series => series.window);
+    const means = [...new Set([Math.min(...windows), Math.max(...windows)])].join(" to ");
+    const notes = [this.panel.note, windows.length ? `thick: mean of ${means} steps` : "", drawn ? `${drawn} of ${total} points drawn, the extremes of each bucket` : ""];
     this.caption.textContent = notes.filter(Boolean).join("; ");
   }
 
@@ -191,7 +193,7 @@ class Chart {
       this.text(shortNumber(Number(value.toPrecision(8))), {x: box.left - 6, y: y(value) + 4, "text-anchor": "end"});
     }
     this.svg.append(shape("line", {class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom}));
-    const count = Math.max(2, Math.floor((box.right - box.left) / 90));
+    const count = Math.max(2, Math.floor((box.right - box.left) / 64));
     for (const value of ticks(range.left, range.right, count, this.page.axis === "seconds")) {
       const edge = x(value) > box.right - 18 ? "end" : "middle";
       this.text(this.page.formatX(value), {x: edge === "end" ? box.right + 8 : x(value), y: box.bottom + 15, "text-anchor": edge});
@@ -212,7 +214,7 @@ class Chart {
     }
     close(series.x.length - 1);
     const curve = shape("path", {class: `curve ${series.style}${series.second ? " second" : ""}`, d: path || "M0,0",
-      "data-series": series.label, "data-points": points, "data-segments": segments});
+      "data-series": series.label, "data-style": series.style, "data-points": points, "data-segments": segments});
     curve.style.setProperty("--ink", series.ink);
     this.svg.append(curve);
     const dots = series.style === "dots" && points < 200 ? series.x.map((_, i) => i).filter(i => this.drawable(series.value[i])) : lonely;
@@ -230,7 +232,7 @@ class Chart {
     const over = series.x.map((_, i) => at(i, series.top[i]));
     const under = series.x.map((_, i) => at(i, series.base ? series.base[i] : 0)).reverse();
     const area = shape("path", {class: "area", d: `M${over.join("L")}L${under.join("L")}Z`,
-      "data-series": series.label, "data-points": series.x.length, "data-segments": 1});
+      "data-series": series.label, "data-style": "area", "data-points": series.x.length, "data-segments": 1});
     area.style.setProperty("--ink", series.ink);
     this.svg.append(area);
     return series.x.length;
@@ -241,7 +243,7 @@ class Chart {
     let drawn = 0;
     for (const mark of this.page.visibleMarks()) {
       if (mark.x < range.left || mark.x > range.right) continue;
-      const at = x(mark.x), full = mark.kind !== "checkpoint";
+      const at = x(mark.x), full = mark.name !== "checkpoint";
       const node = shape("line", {class: full ? "mark full" : "mark", "data-mark": mark.name, x1: at, x2: at,
         y1: full ? box.top : box.bottom - 8, y2: box.bottom});
       const head = full ? `M${at - 4},${box.top - 8}h8l-4,7Z` : `M${at - 4},${box.bottom}h8l-4,-7Z`;
@@ -284,7 +286,7 @@ class Chart {
       const swatch = element("span", {class: "swatch block"});
       swatch.style.setProperty("--ink", entry.series.ink);
       const own = entry.series.step[entry.at];
-      const label = entry.series.style === "raw" ? entry.series.label + " (this step)" : entry.series.label;
+      const label = entry.series.label + (entry.series.window > 1 ? `, mean of ${entry.series.window}` : "");
       rows.push(element("div", {}, swatch, `${label}: `, element("b", {}, shortNumber(entry.series.value[entry.at])),
         own === step ? "" : ` (step ${own})`));
     }

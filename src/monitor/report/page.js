@@ -6,6 +6,9 @@ const eventLabels = {checkpoint: "checkpoint", resume: "resume", stopped: "stopp
 const eventInks = {checkpoint: "checkpoint", resume: "resume", stopped: "checkpoint", skipped_step: "skipped",
   loss_spike: "spike", save_failed: "skipped"};
 
+// Later ones are drawn over earlier ones.
+const eventOrder = ["stopped", "checkpoint", "loss_spike", "save_failed", "resume", "skipped_step"];
+
 const page = {
   data: JSON.parse(document.getElementById("data").textContent),
   axis: "step",
@@ -87,15 +90,16 @@ function table(head, rows) {
 function showHead() {
   const {runs} = page.data;
   byId("title").textContent = runs.map(run => run.label).join(" · ");
-  byId("path").textContent = runs.map(run => run.path).join("   ");
+  byId("path").textContent = runs.filter(run => run.path !== run.label).map(run => run.path).join(", ");
   for (const run of runs)
     for (const warning of run.warnings)
       byId("warnings").append(element("li", {}, runs.length > 1 ? `${run.label}: ${warning}` : warning));
   if (runs.length === 1) {
-    const cards = runs[0].headline.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
+    const cards = runs[0].headline.filter(([, value]) => value !== "–").map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
     byId("headline").append(element("dl", {class: "cards"}, ...cards));
   } else {
-    const rows = runs[0].headline.map(([name], i) => [name, ...runs.map(run => run.headline[i][1])]);
+    const rows = runs[0].headline.map(([name], i) => [name, ...runs.map(run => run.headline[i][1])])
+      .filter(([, ...values]) => values.some(value => value !== "–"));
     byId("headline").append(element("div", {class: "wide"}, table(["", ...runs.map(run => run.label)], rows)));
   }
 }
@@ -119,10 +123,11 @@ function collectMarks() {
   page.marks = [];
   page.data.runs.forEach((run, index) => {
     for (const kind of run.marks)
-      kind.step.forEach((step, i) => page.marks.push({run: index, name: kind.name, kind: kind.name, step, text: kind.text[i],
+      kind.step.forEach((step, i) => page.marks.push({run: index, name: kind.name, step, text: kind.text[i],
         label: (page.data.runs.length > 1 ? run.label + ": " : "") + (eventLabels[kind.name] || kind.name),
         ink: page.data.runs.length > 1 ? `var(--c${index})` : `var(--${eventInks[kind.name] || "other"})`}));
   });
+  page.marks.sort((a, b) => eventOrder.indexOf(a.name) - eventOrder.indexOf(b.name));
 }
 
 function addControls() {
