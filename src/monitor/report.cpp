@@ -202,6 +202,7 @@ std::vector<std::pair<std::string, std::string>> headline(const RunHistory& hist
   const double train_bits = mean_of_last(history.series(metric::kBitsPerByte), 50);
   const double seconds =
       history.times.empty() ? kNan : history.times.back().value - start_of(history);
+  const double speed = median(history.series(metric::kTokensPerSecond));
   const auto count = [&history](const char* event) {
     return fmt::format("{}", history.count_events(event));
   };
@@ -219,7 +220,7 @@ std::vector<std::pair<std::string, std::string>> headline(const RunHistory& hist
       {"bits per byte", std::isfinite(best_bits.value)
                             ? number("{:.4f}, best evaluation", best_bits.value)
                             : number("{:.4f}, training", train_bits)},
-      {"tokens/s, median", number("{:.0f}", median(history.series(metric::kTokensPerSecond)))},
+      {"tokens/s, median", std::isfinite(speed) ? short_count(speed) : kNothing},
       {"MFU, median", number("{:.3f}", median(history.series(metric::kMfu)))},
       {"checkpoints", count("checkpoint")},
       {"resumes", count("resume")},

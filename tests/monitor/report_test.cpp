@@ -230,6 +230,24 @@ TEST_F(ReportTest, PartsOfAStepAndTheRestAddUpToIt) {
   EXPECT_EQ(panel["series"][2]["value"][0], 0.25);
 }
 
+TEST_F(ReportTest, LoadsBecomeFramesOfOneShape) {
+  std::string lines = "{\"step\":1,\"moe/expert_distribution\":[[1,2,3]]}\n";
+  for (int step = 2; step <= 1001; ++step)
+    lines += fmt::format(
+        "{{\"step\":{},\"moe/max_vio/layer_3\":1,\"moe/max_vio/layer_12\":1,"
+        "\"moe/expert_distribution\":[[4,0],[1,3]]}}\n",
+        step);
+  const nlohmann::json loads = report_loads(read(lines));
+  EXPECT_EQ(loads["experts"], 2);
+  EXPECT_EQ(loads["layers"], (nlohmann::json{3, 12}));
+  EXPECT_EQ(loads["total"], 1000);
+  ASSERT_EQ(loads["frames"].size(), 120U);
+  EXPECT_EQ(loads["frames"][0]["step"], 2);
+  EXPECT_EQ(loads["frames"][119]["step"], 1001);
+  EXPECT_EQ(loads["frames"][5]["cells"], "ZAAZSw==");  // 100, 0, 25, 75 in base64
+  EXPECT_TRUE(report_loads(read("{\"step\":1}\n")).is_null());
+}
+
 TEST_F(ReportTest, ComparesConfigsAndRefusesTooManyRuns) {
   std::vector<ReportRun> runs(3, {read("{\"step\":1,\"train/loss\":2}\n"), ""});
   runs[0].history.config = "training: {steps: 10, seed: 3}\n";

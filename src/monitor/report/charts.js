@@ -16,13 +16,14 @@ function shape(name, attributes) {
   return node;
 }
 
-function shortNumber(value) {
+// 12.35K: `digits` of them from ten thousand on, five below.
+function shortNumber(value, digits = 4) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size < 1e-3) return value.toExponential(3).replace(/\.?0+e/, "e");
   if (size < 1e4) return String(Number(value.toPrecision(5)));
   for (const [unit, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "K"]])
-    if (size >= unit) return Number((value / unit).toPrecision(4)) + name;
+    if (size >= unit) return Number((value / unit).toPrecision(digits)) + name;
 }
 
 function shortTime(seconds) {
@@ -175,7 +176,8 @@ class Chart {
     this.figure.dataset.points = points;
     const windows = this.shown().filter(series => series.window > 1).map(series => series.window);
     const means = [...new Set([Math.min(...windows), Math.max(...windows)])].join(" to ");
-    const notes = [this.panel.note, windows.length ? `thick: mean of ${means} steps` : "", drawn ? `${drawn} of ${total} points drawn, the extremes of each bucket` : ""];
+    const thin = this.shown().some(series => series.style === "raw");
+    const notes = [this.panel.note, windows.length ? `${thin ? "thick: means" : "means"} of ${means} steps` : "", drawn ? `${drawn} of ${total} points drawn, the extremes of each bucket` : ""];
     this.caption.textContent = notes.filter(Boolean).join("; ");
   }
 
@@ -238,12 +240,15 @@ class Chart {
     return series.x.length;
   }
 
+  // Checkpoints that would touch each other are thinned.
   drawMarks() {
     const {box, range, x} = this.view;
-    let drawn = 0;
+    let drawn = 0, last = -Infinity;
     for (const mark of this.page.visibleMarks()) {
       if (mark.x < range.left || mark.x > range.right) continue;
       const at = x(mark.x), full = mark.name !== "checkpoint";
+      if (!full && Math.abs(at - last) < 5) continue;
+      if (!full) last = at;
       const node = shape("line", {class: full ? "mark full" : "mark", "data-mark": mark.name, x1: at, x2: at,
         y1: full ? box.top : box.bottom - 8, y2: box.bottom});
       const head = full ? `M${at - 4},${box.top - 8}h8l-4,7Z` : `M${at - 4},${box.bottom}h8l-4,-7Z`;

@@ -24,12 +24,12 @@ class Heatmap {
 
   draw() {
     const width = this.canvas.clientWidth || 440;
-    const cell = Math.max(4, Math.min(26, 300 / this.rows));
-    const box = {left: 62, top: 4, width: width - 70, height: Math.round(cell * this.rows)};
-    const height = box.top + box.height + 34, density = window.devicePixelRatio || 1;
+    const height = Math.min(26 * this.rows, Math.max(300, 1.5 * this.rows));
+    const box = {left: 66, top: 4, width: width - 74, height: Math.round(height)};
+    const whole = box.top + box.height + 34, density = window.devicePixelRatio || 1;
     this.canvas.width = width * density;
-    this.canvas.height = height * density;
-    this.canvas.style.height = height + "px";
+    this.canvas.height = whole * density;
+    this.canvas.style.height = whole + "px";
     this.box = box;
     const context = this.canvas.getContext("2d");
     context.scale(density, density);

@@ -35,7 +35,7 @@ const page = {
   },
 
   formatX(value) {
-    return this.axis === "seconds" ? shortTime(value) : shortNumber(Math.round(value * 1000) / 1000);
+    return this.axis === "seconds" ? shortTime(value) : shortNumber(Math.round(value * 1000) / 1000, 8);
   },
 
   describeStep(run, step) {
@@ -168,6 +168,7 @@ function addCharts() {
     page.charts.push(chart);
     byId("charts").append(chart.figure);
   }
+  if (!page.charts.length) byId("charts").append(element("p", {}, "The run has no numbers to draw yet."));
   if (!page.data.loads) return;
   byId("loads").hidden = false;
   page.drawHeatmaps = addHeatmaps(page, byId("heatmaps"));
