@@ -39,8 +39,10 @@ std::string short_text(const Json& value) {
   std::string text = value.is_string() ? value.get<std::string>()
                                        : value.dump(-1, ' ', false, Json::error_handler_t::replace);
   if (value.is_number_float()) text = fmt::format("{:.4g}", value.get<double>());
-  if (text.size() > kLongest) text = text.substr(0, kLongest) + " …";
-  return text;
+  if (text.size() <= kLongest) return text;
+  size_t end = kLongest;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80) --end;  // UTF-8
+  return text.substr(0, end) + " …";
 }
 
 /// False when `table` is not [layers][E] of numbers.
