@@ -30,7 +30,10 @@ packages=(
   python3 python3-venv                                                          # fetches the torch wheel
   bible-kjv                                                                     # the first text to train on
 )
-test_packages=(libgtest-dev libbenchmark-dev clang-format-14)
+test_packages=(
+  libgtest-dev libbenchmark-dev clang-format-14 clang libclang-rt-14-dev        # tests, formatting, fuzzing
+  chromium                                                                      # opens the report's pages
+)
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 

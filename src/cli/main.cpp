@@ -30,6 +30,7 @@ constexpr const char* kExamples = R"(Examples:
   dsv3 eval runs/first data/kjv.txt
   dsv3 train runs/first                            go on with a run that was stopped or killed
   dsv3 checkpoint verify runs/first                what it saved, and whether every byte is right
+  dsv3 report runs/first                           one HTML page of its curves
 
 `dsv3 COMMAND --help` says more about one of them.
 Exit codes: 0 done; 1 a file, a device or memory failed; 2 the command line or the config is wrong;
@@ -77,6 +78,7 @@ void add_commands(CLI::App& app) {
   add_config_command(app);
   add_plan_command(app);
   add_checkpoint_command(app);
+  add_report_command(app);
   add_eval_command(app);
   add_generate_command(app);
   add_data_command(app);

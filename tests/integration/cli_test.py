@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DSV3 = ""
-COMMANDS = ["train", "config", "plan", "checkpoint", "eval", "generate", "data", "bench", "verify"]
+COMMANDS = ["train", "config", "plan", "checkpoint", "report", "eval", "generate", "data", "bench", "verify"]
 
 
 def run(*command, **options):

@@ -1,0 +1,18 @@
+# cmake -DFILES=a.html;b.js -DOUTPUT=out.cpp -P embed_text.cmake: a source with each file's text as a constant, named
+# after it: page.html is dsv3::report_files::kPageHtml (monitor/report_files.h declares them).
+set(source "#include \"monitor/report_files.h\"\n\nnamespace dsv3::report_files {\n\n")
+foreach(file IN LISTS FILES)
+  get_filename_component(stem ${file} NAME_WE)
+  get_filename_component(type ${file} LAST_EXT)
+  string(SUBSTRING ${type} 1 -1 type)
+  set(name k)
+  foreach(word ${stem} ${type})
+    string(SUBSTRING ${word} 0 1 first)
+    string(SUBSTRING ${word} 1 -1 others)
+    string(TOUPPER ${first} first)
+    string(APPEND name ${first}${others})
+  endforeach()
+  file(READ ${file} text)
+  string(APPEND source "const char* const ${name} = R\"embedded(${text})embedded\";\n\n")
+endforeach()
+file(WRITE ${OUTPUT} "${source}}  // namespace dsv3::report_files\n")
