@@ -22,6 +22,7 @@ class Profiler {
 
  private:
   bool running_ = false;
+  bool cuda_ = false;
 };
 
 }  // namespace dsv3

@@ -168,6 +168,7 @@ void Trainer::save_at_end() {
     }
     monitor_->warning(fmt::format("the checkpoint of step {} was not saved: {}; trying again",
                                   steps_done_, result.error));
+    monitor_->event(steps_done_, "save_failed", {{"error", result.error}});
     std::this_thread::sleep_for(std::chrono::seconds(attempt));
   }
 }

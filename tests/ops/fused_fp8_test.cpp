@@ -140,8 +140,9 @@ TEST_P(FusedFp8, SwigluIsSwigluThenQuantisation) {
         EXPECT_TRUE(test::same_bits(back.dgate_up, dx));
       }
       if (weighted) {
-        // Summed in another order.
-        EXPECT_TRUE(test::close(back.drow_weight, plain_w.grad(), test::tolerance(at::kFloat, 30)));
+        // 2048 products summed in another order.
+        EXPECT_TRUE(
+            test::close(back.drow_weight, plain_w.grad(), test::tolerance(at::kFloat, 200)));
       }
     }
   }
