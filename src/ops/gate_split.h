@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "base/tensor_fwd.h"
 
 // FP32 products with a BF16 operand, on BF16 tensor cores.
