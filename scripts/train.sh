@@ -22,5 +22,5 @@ cd "$root"
 
 [ -e third_party/libtorch/lib/libtorch_cpu.so ] || scripts/setup.sh
 scripts/build_kernels.sh dsv3
-if grep -q 'data/kjv\.txt' "$config" && [ ! -s data/kjv.txt ]; then scripts/fetch_text.sh; fi
+if { grep -q "data/kjv\.txt" "$config" || [[ "$*" == *data/kjv.txt* ]]; } && [ ! -s data/kjv.txt ]; then scripts/fetch_text.sh; fi
 exec build/release/bin/dsv3 train "$(realpath --relative-to=. "$config")" "$@"

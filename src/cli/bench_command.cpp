@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "bench/ops/report.h"
 #include "bench/ops/run.h"
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "config/schema.h"
 #include "training/device.h"
@@ -122,7 +123,7 @@ void add_op_options(CLI::App& command, OpArguments& arguments) {
       .add_option("--tokens", arguments.tokens,
                   "Tokens (default: the shape's micro-batch on a GPU, 2048 on the CPU); buckets of "
                   "the optimizer then hold tokens × hidden elements")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command.add_option("--device", arguments.device, "Where to run: auto, cpu, cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
@@ -132,11 +133,11 @@ void add_op_options(CLI::App& command, OpArguments& arguments) {
   command
       .add_option("--rounds", arguments.rounds,
                   "Samples of each way, in turn (default: 21 on a GPU, 5 on the CPU)")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command.add_option("--threads", arguments.threads, "CPU threads (0 = all cores)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(non_negative());
   command.add_option("--seed", arguments.seed, "Of the inputs (default: a fresh one, printed)")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command.add_flag("--ours-only", arguments.ours_only, "Without LibTorch's own way");
   command.add_flag("--list", arguments.list, "Print the operators' names and what they do");
   command.add_flag("--dry-run", arguments.dry_run,

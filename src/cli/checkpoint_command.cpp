@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/safetensors.h"
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "monitor/metrics.h"
 #include "training/resume.h"
@@ -209,7 +210,7 @@ void add_checkpoint_command(CLI::App& app) {
       add(*command, "inspect", "What one checkpoint holds", kInspectExamples, inspect, arguments);
   for (auto* sub : {verifying, inspecting})
     sub->add_option("--step", arguments->step, "Only the checkpoint of this step")
-        ->check(CLI::NonNegativeNumber);
+        ->check(non_negative());
   inspecting->add_flag("--tensors", arguments->tensors, "List every tensor");
 }
 

@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "checkpoint/safetensors.h"
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "data/loader.h"
 #include "inference/generate.h"
@@ -198,12 +199,12 @@ void add_eval_command(CLI::App& app) {
   command
       ->add_option("--sequence-length", arguments->sequence_length,
                    "Tokens per sequence (default: the run's)")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command->add_option("--batch-size", arguments->batch_size, "Sequences per forward")
-      ->check(CLI::PositiveNumber)
+      ->check(positive())
       ->capture_default_str();
   command->add_option("--threads", arguments->threads, "CPU threads (0 = all cores)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(non_negative());
   command->add_flag("--ema", arguments->averaged,
                     "The weights' moving average instead of the weights (training.ema)");
   command->add_flag("--json", arguments->json, "Print one JSON object");

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "data/tokenizer.h"
 #include "inference/generate.h"
@@ -117,7 +118,7 @@ void add_generate_command(CLI::App& app) {
   command->add_option("DIR", arguments->directory, "A run or a checkpoint")->required();
   command->add_option("--prompt", arguments->prompt, "Text to continue (empty: a new document)");
   command->add_option("--tokens", arguments->max_tokens, "Most tokens to make")
-      ->check(CLI::NonNegativeNumber)
+      ->check(non_negative())
       ->capture_default_str();
   command
       ->add_option("--temperature", arguments->sampling.temperature,
@@ -140,7 +141,7 @@ void add_generate_command(CLI::App& app) {
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
   command->add_option("--threads", arguments->threads, "CPU threads (0 = all cores)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(non_negative());
   command->callback([arguments] { run_generate(*arguments); });
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "config/load.h"
 #include "data/tokenizer.h"
@@ -48,7 +49,7 @@ void add_plan_command(CLI::App& app) {
   command
       ->add_option("--ranks", arguments->ranks,
                    "Processes (default: the fewest that the layout allows)")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command->add_flag("--json", arguments->json, "One JSON object instead of tables");
   command->footer(kExamples);
   command->callback([arguments] { run_plan(*arguments); });

@@ -14,6 +14,7 @@
 
 #include "base/error.h"
 #include "checkpoint/catalogue.h"
+#include "cli/checks.h"
 #include "cli/commands.h"
 #include "config/load.h"
 #include "inference/generate.h"
@@ -228,7 +229,7 @@ void add_train_command(CLI::App& app) {
   command->add_option("--out", arguments->out,
                       "Directory of the run (default: runs/NAME of the config)");
   command->add_option("--steps", arguments->steps, "Optimizer steps; the same as training.steps=N")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command->add_option("--device", arguments->device, "The same as training.device=…")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   command->add_option("--deepspeed", arguments->deepspeed,
@@ -238,12 +239,12 @@ void add_train_command(CLI::App& app) {
   command
       ->add_option("--from-step", arguments->from_step,
                    "Go on from this checkpoint; later ones are moved to RUN/set_aside/")
-      ->check(CLI::NonNegativeNumber);
+      ->check(non_negative());
   command
       ->add_option("--replay", arguments->replay_step,
                    "Run this step of a run again and print norms layer by layer, to find the first "
                    "bad tensor (docs/faults.md); changes nothing")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command->add_flag("--overwrite", arguments->overwrite,
                     "Start anew; a run that is in the directory is moved to NAME.1, NAME.2, …");
   command
@@ -251,7 +252,7 @@ void add_train_command(CLI::App& app) {
                    "FIRST,LAST: the same as profile.steps=[FIRST, LAST]")
       ->delimiter(',')
       ->expected(2)
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   command->footer(kExamples);
   command->callback([arguments] { run_train(*arguments); });
 }

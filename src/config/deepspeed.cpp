@@ -203,10 +203,17 @@ class Translator {
 
   void precision(const Section& top) {
     static constexpr std::string_view kEnabled[] = {"enabled"};
-    if (const auto fp16 = section(top, "fp16"); fp16 && flag(*fp16, "enabled", false)) {
-      fail(fp16->node->find("enabled")->place, "fp16.enabled",
-           "FP16 is not implemented: BF16 has FP32's range and needs no loss scaling, use "
-           "bf16.enabled");
+    // The loss scale's keys say nothing where FP16 is off, but templates carry them.
+    static constexpr std::string_view kFp16[] = {
+        "enabled",    "auto_cast",           "loss_scale",     "loss_scale_window",
+        "hysteresis", "initial_scale_power", "min_loss_scale", "consecutive_hysteresis"};
+    if (const auto fp16 = section(top, "fp16")) {
+      allow(*fp16, kFp16);
+      if (flag(*fp16, "enabled", false)) {
+        fail(fp16->node->find("enabled")->place, "fp16.enabled",
+             "FP16 is not implemented: BF16 has FP32's range and needs no loss scaling, use "
+             "bf16.enabled");
+      }
     }
     const auto bf16 = section(top, "bf16");
     if (!bf16) return;

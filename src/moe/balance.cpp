@@ -34,11 +34,4 @@ at::Tensor count_tokens(const at::Tensor& experts, const at::Tensor& valid, int6
   return counts.scatter_add_(0, experts.flatten().to(at::kLong), ones.flatten());
 }
 
-at::Tensor max_violation(const at::Tensor& load) {
-  const ops::NoRecord guard;
-  const at::Tensor tokens = load.to(at::kDouble);
-  const at::Tensor mean = tokens.mean();
-  return (tokens.max() - mean) / mean.clamp_min(1e-9) * mean.sign();
-}
-
 }  // namespace dsv3

@@ -17,8 +17,4 @@ void update_router_bias(at::Tensor& bias, const at::Tensor& load, double update_
 /// int32 in [0, E), valid [T] bool. Nothing waits for the device.
 at::Tensor count_tokens(const at::Tensor& experts, const at::Tensor& valid, int64_t num_experts);
 
-/// max_i load_i / mean(load) - 1 (MaxVio, arXiv:2408.15664 §3); 0 when nothing was routed. Scalar
-/// tensor.
-at::Tensor max_violation(const at::Tensor& load);
-
 }  // namespace dsv3

@@ -2,7 +2,6 @@
 
 Usage: cli_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs Python's standard library only.
 """
-import argparse
 import json
 import os
 import re
@@ -11,6 +10,8 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+
+import suite
 
 ROOT = Path(__file__).resolve().parents[2]
 DSV3 = ""
@@ -60,6 +61,9 @@ class Program(unittest.TestCase):
         self.assert_one_sentence(run(DSV3, "xyzzy"), 2, "'xyzzy'", "train", "verify")
         self.assert_one_sentence(run(DSV3, "verify", "--nope"), 2, "--nope", "dsv3 verify --help")
         self.assert_one_sentence(run(DSV3, "train"), 2, "config", "dsv3 train --help")
+        for wrong in ("0", "-3", "1.5", "many", "99999999999999999999"):
+            self.assert_one_sentence(run(DSV3, "train", "x.yaml", f"--steps={wrong}"), 2, "--steps",
+                                     f"expected a whole number from 1 on, got '{wrong}'")
 
     def test_missing_files(self):
         for command in ("train", "config", "plan"):
@@ -429,18 +433,6 @@ class TrainedRun(unittest.TestCase):
         self.assertFalse(Path(f"{self.run_directory}.tmp").exists())
 
 
-def main():
-    global DSV3
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dsv3", required=True)
-    arguments, rest = parser.parse_known_args()
-    DSV3 = str(Path(arguments.dsv3).resolve())
-    result = unittest.main(argv=[sys.argv[0], *rest], exit=False).result
-    failed = len(result.failures) + len(result.errors)
-    skipped = len(result.skipped)
-    print(f"{max(0, result.testsRun - failed - skipped)} passed, {failed} failed, {skipped} skipped", flush=True)
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    DSV3, words = suite.arguments()
+    suite.main(words)

@@ -5,18 +5,18 @@ Usage: disk_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Need
 and read-only disks are mounted, which needs root (skipped otherwise). tests/training/resume_test.cpp injects failing
 writes into each action of a save.
 """
-import argparse
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
+
+import suite
 
 DSV3 = ""
 CONFIG = """
@@ -271,18 +271,6 @@ class Signals(unittest.TestCase):
         self.assertRegex(shown.stdout, r"(?m)^    exp_avg\.model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight +F32 +\[64, 32\]$")
 
 
-def main():
-    global DSV3
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dsv3", required=True)
-    arguments, rest = parser.parse_known_args()
-    DSV3 = str(Path(arguments.dsv3).resolve())
-    result = unittest.main(argv=[sys.argv[0], *rest], exit=False).result
-    failed = len(result.failures) + len(result.errors)
-    skipped = len(result.skipped)
-    print(f"{max(0, result.testsRun - failed - skipped)} passed, {failed} failed, {skipped} skipped", flush=True)
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    DSV3, words = suite.arguments()
+    suite.main(words)

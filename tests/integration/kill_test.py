@@ -1,7 +1,7 @@
 """Kills the trainer at random moments, saves included, lets it go on each time, and compares what it ends with, bit by
 bit, with a run that nobody disturbed.
 
-Usage: kill_test.py --dsv3 PATH [--kills N] [--reach STEPS] [--seed N]. Ends with `N passed, N failed, N skipped`.
+Usage: kill_test.py --dsv3 PATH [--kills N] [--reach STEPS] [--seed N] [--device cuda]. Ends with `N passed, N failed, N skipped`.
 Needs Python's standard library only. The long version (--kills 100) and its result: docs/reliability.md.
 
 Rounds of a short training are run until there were N kills. In each, the same directory is trained with `dsv3 train`
@@ -31,7 +31,7 @@ model:
    moe: {num_experts: 4, num_experts_per_token: 2, moe_intermediate_size: 16, first_k_dense_replace: 1},
    mtp: {num_nextn_predict_layers: 1}}
 data: {train: TEXT, document_split: line, validation_every: 10, sequence_length: 32, mask_across_documents: true}
-training: {steps: 60, micro_batch_size: 2, global_batch_size: 4, num_threads: 1, deterministic: true, device: cpu,
+training: {steps: 60, micro_batch_size: 2, global_batch_size: 4, num_threads: 1, deterministic: true, device: DEVICE,
            eval_every: 7, eval_batches: 3, sample_tokens: 0}
 optimizer: {learning_rate: {type: cosine, peak: 3.0e-3, warmup_steps: 10}}
 checkpoint: {every_steps: 3, keep_last: 2, keep_every: 20}
@@ -91,7 +91,7 @@ def compare(run, reference):
 
 
 class KillTest:
-    def __init__(self, dsv3, directory, rng, reach):
+    def __init__(self, dsv3, directory, rng, reach, device):
         self.dsv3, self.directory, self.rng, self.reach = dsv3, Path(directory), rng, reach
         self.kills = self.in_saves = self.in_starts = 0
         self.start_seconds = self.step_seconds = 0.0  # of the undisturbed run
@@ -100,7 +100,7 @@ class KillTest:
         (self.directory / "text.txt").write_text("".join(
             " ".join(text.choice(words) for _ in range(text.randint(3, 14))) + "\n" for _ in range(400)))
         self.config = self.directory / "config.yaml"
-        self.config.write_text(CONFIG.replace("TEXT", str(self.directory / "text.txt")))
+        self.config.write_text(CONFIG.replace("TEXT", str(self.directory / "text.txt")).replace("DEVICE", device))
 
     def start(self, run):
         # The first start names the config, the later ones the run, as a user would.
@@ -180,16 +180,17 @@ def main():
     parser.add_argument("--dsv3", required=True)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn and printed when absent")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--reach", type=float, default=15, help="steps after which a process is killed at the latest")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
     start, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="dsv3_kill_") as directory:
-        test = KillTest(str(Path(arguments.dsv3).resolve()), directory, random.Random(seed), arguments.reach)
+        test = KillTest(str(Path(arguments.dsv3).resolve()), directory, random.Random(seed), arguments.reach, arguments.device)
         try:
             rounds = test.run(arguments.kills)
-            print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores: "
+            print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, {arguments.device}: "
                   f"{test.kills} kills in {rounds} rounds ({test.in_starts} while a process started, {test.in_saves} "
                   f"with a save under way), every round bitwise equal, {time.monotonic() - start:.0f} s")
         except Failure as failure:

@@ -2,13 +2,14 @@
 
 Usage: op_speed_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs torch.
 """
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+
+import suite
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -49,17 +50,6 @@ class OpSpeed(unittest.TestCase):
         self.assertIn("did you mean 'rms_norm_forward'?", done.stderr)
 
 
-def main():
-    global DSV3
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dsv3", required=True)
-    arguments, rest = parser.parse_known_args()
-    DSV3 = str(Path(arguments.dsv3).resolve())
-    result = unittest.main(argv=[sys.argv[0], *rest], exit=False).result
-    failed = len(result.failures) + len(result.errors)
-    print(f"{result.testsRun - failed} passed, {failed} failed, 0 skipped", flush=True)
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    DSV3, words = suite.arguments()
+    suite.main(words)

@@ -4,16 +4,16 @@ metrics hold. The page's script tells in data attributes what it drew.
 Usage: report_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs Python's standard library, and
 Chromium (scripts/setup.sh --tests installs Debian's) for all but the cases of the command line.
 """
-import argparse
 import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import unittest
 from html.parser import HTMLParser
 from pathlib import Path
+
+import suite
 
 DSV3 = ""
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
@@ -264,18 +264,6 @@ class CommandLine(Runs):
         self.assertFalse((directory / "report.html").exists())
 
 
-def main():
-    global DSV3
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dsv3", required=True)
-    arguments, rest = parser.parse_known_args()
-    DSV3 = str(Path(arguments.dsv3).resolve())
-    result = unittest.main(argv=[sys.argv[0], *rest], exit=False).result
-    failed = len(result.failures) + len(result.errors)
-    skipped = len(result.skipped)
-    print(f"{max(0, result.testsRun - failed - skipped)} passed, {failed} failed, {skipped} skipped", flush=True)
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    DSV3, words = suite.arguments()
+    suite.main(words)

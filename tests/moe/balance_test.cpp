@@ -52,11 +52,5 @@ TEST(Balance, WrongShapeIsNamed) {
                std::invalid_argument);
 }
 
-TEST(Balance, MaxViolation) {
-  EXPECT_DOUBLE_EQ(max_violation(at::tensor({4, 4, 4, 4}, kInts)).item<double>(), 0.0);
-  EXPECT_DOUBLE_EQ(max_violation(at::tensor({8, 0, 4, 4}, kInts)).item<double>(), 1.0);
-  EXPECT_DOUBLE_EQ(max_violation(at::tensor({0, 0}, kInts)).item<double>(), 0.0);
-}
-
 }  // namespace
 }  // namespace dsv3
