@@ -118,7 +118,7 @@ TEST(DeepSpeed, RefusesByNameAndPlace) {
   EXPECT_EQ(wrong("{\"fp16\": {\"enabled\": true}}").substr(0, 54),
             "ds.json:1:22: fp16.enabled: FP16 is not implemented: B");
   EXPECT_EQ(wrong("{\"fp16\": {\"enabled\": false, \"loss_scal\": 0}}").substr(0, 61),
-            "ds.json:1:28: fp16.loss_scal: not implemented, remove it (rea");
+            "ds.json:1:29: fp16.loss_scal: not implemented, remove it (rea");
   EXPECT_EQ(wrong("{\"optimizer\": {\"type\": \"Lion\"}}"),
             "ds.json:1:24: optimizer.type: only AdamW is implemented, got the string \"Lion\"");
   EXPECT_EQ(
