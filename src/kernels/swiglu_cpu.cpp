@@ -83,33 +83,8 @@ DSV3_INLINE void forward_body(const SwigluForward& p, int64_t begin, int64_t end
   detail::stream_fence();
 }
 
-/// Sums of `share` in lanes, so that they depend on the row only.
-template <typename T>
-DSV3_INLINE float share_of(const T* __restrict gate, const T* __restrict up, const T* __restrict dy,
-                           int64_t size) {
-  detail::LaneFloats sum = {};
-  float parts[detail::kLanes];
-  int64_t i = 0;
-  for (; i + detail::kLanes <= size; i += detail::kLanes) {
-#pragma omp simd
-    for (int64_t j = 0; j < detail::kLanes; ++j) {
-      parts[j] = gradients(detail::load(&gate[i + j]), detail::load(&up[i + j]),
-                           detail::load(&dy[i + j]), 1.0f)
-                     .share;
-    }
-    detail::LaneFloats v;
-    detail::load_lanes(parts, v);
-    sum += v;
-  }
-  float total = detail::sum_of_lanes(sum);
-  for (; i < size; ++i) {
-    total +=
-        gradients(detail::load(&gate[i]), detail::load(&up[i]), detail::load(&dy[i]), 1.0f).share;
-  }
-  return total;
-}
-
-template <typename T>
+/// kShare: with the row weight's gradient.
+template <typename T, bool kShare>
 DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t I = p.intermediate;
   for (int64_t t = begin; t < end; ++t) {
@@ -122,12 +97,10 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
     for (int64_t first = 0; first < I; first += detail::kStaged) {
       const int64_t size = std::min(detail::kStaged, I - first);
       alignas(64) T staged[2][detail::kStaged];
+      alignas(64) float shares[detail::kStaged];
       if (streamed) {
         prefetch_part(gate, gate + I, first + size, I);
         detail::prefetch_bytes(dy + first + size, size * static_cast<int64_t>(sizeof(T)));
-      }
-      if (p.drow_weight != nullptr) {
-        share += share_of(gate + first, gate + I + first, dy + first, size);
       }
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) {
@@ -136,7 +109,9 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
                       detail::load(&dy[first + i]), weight);
         detail::store(&staged[0][i], d.gate);
         detail::store(&staged[1][i], d.up);
+        if constexpr (kShare) shares[i] = d.share;
       }
+      if constexpr (kShare) share += detail::sum_row(shares, size);
       const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
       for (int64_t half = 0; half < 2; ++half) {
         T* to = dgate + half * I + first;
@@ -147,7 +122,7 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
         }
       }
     }
-    if (p.drow_weight != nullptr) p.drow_weight[t] = share;
+    if constexpr (kShare) p.drow_weight[t] = share;
   }
   detail::stream_fence();
 }
@@ -216,16 +191,17 @@ DSV3_INLINE void backward_tiles_body(const SwigluBackward& p, int64_t begin, int
       const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I + column0;
       const T* __restrict dy = static_cast<const T*>(p.dy) + t * I + column0;
       const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
-      if (p.drow_weight != nullptr) {
-        p.scratch[column0 / kFp8Tile * p.num_tokens + t] = share_of(gate, gate + I, dy, kFp8Tile);
-      }
-      float rows[2][kFp8Tile];
+      alignas(64) float rows[2][kFp8Tile], shares[kFp8Tile];
 #pragma omp simd
       for (int64_t c = 0; c < kFp8Tile; ++c) {
         const Gradients d = gradients(detail::load(&gate[c]), detail::load(&gate[I + c]),
                                       detail::load(&dy[c]), weight);
         rows[0][c] = d.gate;
         rows[1][c] = d.up;
+        shares[c] = d.share;
+      }
+      if (p.drow_weight != nullptr) {
+        p.scratch[column0 / kFp8Tile * p.num_tokens + t] = detail::sum_row(shares, kFp8Tile);
       }
       for (int64_t half = 0; half < 2; ++half) {
         T* to = p.dgate_up != nullptr ? static_cast<T*>(p.dgate_up) + t * 2 * I + half * I + column0
@@ -249,11 +225,13 @@ DSV3_CLONES void forward_rows(const SwigluForward& p, const BFloat16*, int64_t b
 }
 DSV3_CLONES void backward_rows(const SwigluBackward& p, const float*, int64_t begin, int64_t end,
                                bool streamed) {
-  backward_body<float>(p, begin, end, streamed);
+  p.drow_weight != nullptr ? backward_body<float, true>(p, begin, end, streamed)
+                           : backward_body<float, false>(p, begin, end, streamed);
 }
 DSV3_CLONES void backward_rows(const SwigluBackward& p, const BFloat16*, int64_t begin, int64_t end,
                                bool streamed) {
-  backward_body<BFloat16>(p, begin, end, streamed);
+  p.drow_weight != nullptr ? backward_body<BFloat16, true>(p, begin, end, streamed)
+                           : backward_body<BFloat16, false>(p, begin, end, streamed);
 }
 DSV3_CLONES void forward_tiles(const SwigluForward& p, const float*, int64_t begin, int64_t end) {
   forward_tiles_body<float>(p, begin, end);
