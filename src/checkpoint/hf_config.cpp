@@ -1,5 +1,6 @@
 #include "checkpoint/hf_config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -44,6 +45,10 @@ class Fields {
       refuse(key, "expected {} … {}, got {}", minimum, maximum, value->dump());
     }
     return value->get<int64_t>();
+  }
+  /// Absent and null differ where null says "none": an absent field means the published default.
+  int64_t count_or_none(const std::string& key, int64_t none, int64_t published) const {
+    return object_.contains(key) ? count(key, none, none) : published;
   }
   double number(const std::string& key, double fallback) const {
     const Json* value = find(key);
@@ -175,7 +180,7 @@ void read_attention(const Fields& fields, ModelConfig& model) {
                   "all heads",
                   kv_heads, mla.num_heads);
   }
-  mla.q_lora_rank = fields.count("q_lora_rank", 0, 0);
+  mla.q_lora_rank = fields.count_or_none("q_lora_rank", 0, 1536);
   mla.kv_lora_rank = fields.count("kv_lora_rank", 1);
   mla.qk_nope_head_dim = fields.count("qk_nope_head_dim", 1);
   mla.qk_rope_head_dim = fields.count("qk_rope_head_dim", 2);
@@ -198,8 +203,9 @@ void read_router(const Fields& fields, bool v2, MoeConfig& moe) {
     fields.refuse("scoring_func", "'{}' is not supported; expected {}", scoring,
                   v2 ? "softmax" : "sigmoid or softmax");
   }
-  moe.n_group = fields.count("n_group", 1, 1);
-  moe.topk_group = fields.count("topk_group", 1, moe.n_group);
+  moe.n_group = fields.count_or_none("n_group", 1, v2 ? 1 : 8);
+  const int64_t topk_group = v2 ? moe.n_group : std::min<int64_t>(4, moe.n_group);
+  moe.topk_group = fields.count("topk_group", 1, topk_group);
   const std::string method = fields.text("topk_method", v2 ? "greedy" : "noaux_tc");
   moe.use_bias = method == "noaux_tc";
   moe.group_score = moe.use_bias ? MoeConfig::GroupScore::kTop2Sum : MoeConfig::GroupScore::kMax;
@@ -221,10 +227,10 @@ void read_router(const Fields& fields, bool v2, MoeConfig& moe) {
 
 void read_moe(const Fields& fields, bool v2, ModelConfig& model) {
   MoeConfig& moe = model.moe;
-  moe.num_experts = fields.count("n_routed_experts", 0, 0);
+  moe.num_experts = fields.count_or_none("n_routed_experts", 0, v2 ? 64 : 256);
   if (moe.num_experts == 0) return;
   moe.num_experts_per_token = fields.count("num_experts_per_tok", 1);
-  moe.num_shared_experts = fields.count("n_shared_experts", 0, 0);
+  moe.num_shared_experts = fields.count_or_none("n_shared_experts", 0, v2 ? 2 : 1);
   moe.moe_intermediate_size = fields.count("moe_intermediate_size", 1);
   moe.first_k_dense_replace = fields.count("first_k_dense_replace", 0, v2 ? 0 : 3);
   moe.moe_layer_freq = fields.count("moe_layer_freq", 1, 1);

@@ -21,7 +21,9 @@ struct HfConfig {
 /// Reads the text of a config.json. `name` stands for the file in messages. model_type deepseek_v3,
 /// kimi_k2 and deepseek_v2 are understood; fields that change what the model computes are honoured
 /// or refused, all others are ignored. Both spellings of the rotary embedding are read (rope_theta
-/// with rope_scaling; rope_parameters). Throws std::invalid_argument that names file and field.
+/// with rope_scaling; rope_parameters). An absent optional field means what the published code of
+/// its model_type takes it for (n_group 8 for deepseek_v3, n_shared_experts 2 for deepseek_v2, …).
+/// Throws std::invalid_argument that names file and field.
 /// Note: num_nextn_predict_layers is taken as written; whether such weights are there is another
 /// question.
 HfConfig parse_hf_config(std::string_view json, const std::string& name);

@@ -159,6 +159,30 @@ TEST(HfConfig, WrittenConfigReadsBackTheSame) {
   EXPECT_FALSE(is_deepseek_v2(read(v3())));
 }
 
+TEST(HfConfig, AbsentFieldsMeanThePublishedDefaults) {
+  Json json = v3();
+  for (const char* key : {"n_group", "topk_group", "q_lora_rank", "n_routed_experts",
+                          "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor",
+                          "norm_topk_prob", "scoring_func", "topk_method"}) {
+    json.erase(key);
+  }
+  EXPECT_EQ(read(json), read(v3()));  // the released V3 has every default
+  json["n_group"] = 2;
+  EXPECT_EQ(read(json).moe.topk_group, 2);
+  json["n_group"] = json["topk_group"] = json["q_lora_rank"] = json["n_shared_experts"] = nullptr;
+  EXPECT_EQ(read(json).moe.n_group, 1);  // null says: none
+  EXPECT_EQ(read(json).moe.topk_group, 1);
+  EXPECT_EQ(read(json).mla.q_lora_rank, 0);
+  EXPECT_EQ(read(json).moe.num_shared_experts, 0);
+  Json lite = v2_lite();
+  for (const char* key : {"n_group", "topk_group", "n_routed_experts", "n_shared_experts"}) {
+    lite.erase(key);
+  }
+  EXPECT_EQ(read(lite), read(v2_lite()));
+  lite.erase("q_lora_rank");
+  EXPECT_EQ(read(lite).mla.q_lora_rank, 1536);
+}
+
 TEST(HfConfig, DenseModelsStayDense) {
   Json dense = v3();
   dense["n_routed_experts"] = nullptr;
