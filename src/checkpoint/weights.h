@@ -14,9 +14,9 @@ namespace dsv3 {
 /// of its pieces. F32, BF16, F16 and F64 tensors are converted to the parameter's dtype. Before
 /// anything is changed, all names and shapes are checked; missing, unexpected and wrong-shaped
 /// tensors are named together in one std::invalid_argument. Not unexpected: rotary tables of old
-/// checkpoints, the copies of embedding and head in MTP layers (they must equal the shared ones), a
-/// head that is tied, a router bias of zeros, and whole layers from `num_layers` on when the model
-/// declares no MTP module. num_layers: of the model, without MTP.
+/// checkpoints, tensors without elements, the copies of embedding and head in MTP layers (they must
+/// equal the shared ones), a head that is tied, a router bias of zeros, and whole layers from
+/// `num_layers` on when the model declares no MTP module. num_layers: of the model, without MTP.
 void load_weights(const std::filesystem::path& directory, ParameterSet& parameters,
                   int64_t num_layers);
 

@@ -129,6 +129,17 @@ TEST_F(Weights, EveryMisfitIsNamedAtOnceAndNothingIsChanged) {
   EXPECT_TRUE(at::equal(before, b.parameters.find("model.embed_tokens.weight")->value()));
 }
 
+TEST_F(Weights, TensorsWithoutElementsAreIgnored) {
+  Fixture a(DType::kF32), b(DType::kF32);
+  save_weights(target_, a.parameters, a.model);
+  rewrite([](std::vector<TensorPlan>& plan) {
+    plan.push_back({"model.layers.0.mlp.shared_experts.up_proj.weight", StoredType::kF32, {0, 6}});
+    plan.push_back(
+        {"model.layers.0.mlp.shared_experts.down_proj.weight", StoredType::kF32, {6, 0}});
+  });
+  EXPECT_EQ(load_error(b.parameters), "");
+}
+
 TEST_F(Weights, CopiesThatDifferAreRefused) {
   Fixture a(DType::kF32);
   save_weights(target_, a.parameters, a.model);

@@ -142,6 +142,7 @@ def cases(rng, count):
         ("eval: Moonlight-like", shapes.draw_v3(rng, False, False, False, 2)),
         ("eval: V3-like with YaRN", shapes.draw_v3(rng, True, True, True, 1)),
         ("eval: V2-Lite-like", shapes.draw_v2(rng, False, True, False)),
+        ("eval: no shared experts", shapes.draw_v3(rng, True, False, True, 0)),
     ]
     listed += [(name, compare_logits, config) for name, config in logits]
     listed.append(("eval: BF16 weights",

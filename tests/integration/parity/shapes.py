@@ -112,7 +112,7 @@ def build(config, generator):
             elif "embed_tokens" in name:
                 normal(p, 1.0 / math.sqrt(p.shape[-1]) if config.tie_word_embeddings else 1.0)
             else:
-                normal(p, 1.0 / math.sqrt(p.shape[-1]))
+                normal(p, 1.0 / math.sqrt(max(p.shape[-1], 1)))  # without shared experts: matrices [hidden, 0]
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 normal(buffer, 0.3)
