@@ -79,11 +79,14 @@ std::optional<CheckpointEntry> newest_whole(const fs::path& run, int64_t below) 
 }
 
 void require_undamaged(const fs::path& checkpoint) {
-  if (!fs::exists(checkpoint / kManifestName) && !fs::exists(checkpoint / "state.json")) return;
+  const int64_t step = step_of(checkpoint);
+  const bool of_a_run = step >= 0 && checkpoint.parent_path().filename() == "checkpoints";
+  if (!of_a_run && !fs::exists(checkpoint / kManifestName) &&
+      !fs::exists(checkpoint / "state.json"))
+    return;
   const auto damage = find_damage(checkpoint, Check::kChecksums);
   if (damage.empty()) return;
   std::string text = fmt::format("{} is damaged: {}", checkpoint.string(), fmt::join(damage, "; "));
-  const int64_t step = step_of(checkpoint);
   if (step >= 0) {
     const auto good = newest_whole(checkpoint.parent_path().parent_path(), step);
     text += good ? fmt::format("; the newest whole one before it is {}", good->path.string())

@@ -30,8 +30,8 @@ std::filesystem::path latest_checkpoint(const std::filesystem::path& run);
 std::optional<CheckpointEntry> newest_whole(const std::filesystem::path& run, int64_t below);
 
 /// Throws IoError unless the checkpoint is whole: names each damaged file with its cause and, where
-/// it stands in a run, the newest whole checkpoint before it. A directory with neither
-/// manifest.json nor state.json (plain weights) passes.
+/// it stands in a run, the newest whole checkpoint before it. A directory elsewhere than in a run
+/// with neither manifest.json nor state.json (plain weights) passes.
 void require_undamaged(const std::filesystem::path& checkpoint);
 
 /// Removes all but the newest `keep_last` checkpoints (0 keeps all) and those whose step is a

@@ -78,9 +78,10 @@ std::string age_of(double unix_seconds) {
 
 void list(const Arguments& arguments) {
   bool damaged = false;
+  const auto entries = chosen(arguments);
   fmt::print("{:>10}  {:>8}  {:>12}  {:>8}  {:<19}  {}\n", "step", "tokens", "size", "age", "saved",
              "state");
-  for (const auto& entry : chosen(arguments)) {
+  for (const auto& entry : entries) {
     const auto damage = find_damage(entry.path, Check::kSizes);
     std::string tokens = "-", size = "-", age = "-", saved = "-";
     try {

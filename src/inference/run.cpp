@@ -18,7 +18,8 @@ fs::path checkpoint_of(const fs::path& directory) {
   if (!fs::is_directory(directory)) {
     throw IoError(fmt::format("{} is not a directory", directory.string()));
   }
-  if (fs::exists(directory / "config.json")) return directory;
+  if (fs::exists(directory / "config.json") || fs::exists(directory / kManifestName))
+    return directory;
   require(fs::is_directory(directory / "checkpoints"),
           "{} is neither a run (no checkpoints/) nor a checkpoint (no config.json)",
           directory.string());

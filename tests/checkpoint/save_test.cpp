@@ -242,6 +242,11 @@ TEST_F(SaveTest, ADamagedCheckpointNamesTheOneBefore) {
   }
   EXPECT_EQ(newest_whole(run_, 8)->step, 3);
   EXPECT_FALSE(newest_whole(run_, 3).has_value());
+  // Weights without a manifest are taken as they are, but not where a run keeps its checkpoints.
+  for (const char* name : {kManifestName, "state.json"}) fs::remove(at(8) / name);
+  EXPECT_THROW(require_undamaged(at(8)), IoError);
+  fs::rename(at(8), run_ / "step_8");
+  EXPECT_NO_THROW(require_undamaged(run_ / "step_8"));
 }
 
 TEST_F(SaveTest, HalvesAreRemovedAndLaterOnesSetAside) {
