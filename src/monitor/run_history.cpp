@@ -76,8 +76,22 @@ void read_event(const Json& line, int64_t step, double time, RunHistory& history
   history.events.push_back(std::move(event));
 }
 
+/// Makes times of successive lines that never fall: where the machine's clock was set back, it
+/// stood still.
+class SteadyTime {
+ public:
+  double operator()(double time) {
+    if (std::isnan(time)) return time;
+    if (time + added_ < last_) added_ = last_ - time;
+    return last_ = time + added_;
+  }
+
+ private:
+  double last_ = -std::numeric_limits<double>::infinity(), added_ = 0;
+};
+
 /// What is wrong with the line, "" when it was taken.
-std::string read_line(const std::string& text, RunHistory& history) {
+std::string read_line(const std::string& text, SteadyTime& steady, RunHistory& history) {
   const Json line = Json::parse(text, nullptr, false);
   if (!line.is_object()) return "is not a JSON object";
   if (!line.contains("step") || !line["step"].is_number_integer()) return "has no integer \"step\"";
@@ -85,7 +99,7 @@ std::string read_line(const std::string& text, RunHistory& history) {
   constexpr int64_t kMostSteps = int64_t{1} << 53;  // what a double, and JavaScript, counts exactly
   if (step < 0 || step > kMostSteps) return "has a \"step\" out of range";
   const bool timed = line.contains("time") && line["time"].is_number();
-  const double time = timed ? line["time"].get<double>() : kNan;
+  const double time = steady(timed ? line["time"].get<double>() : kNan);
   if (line.contains("event")) {
     read_event(line, step, time, history);
     return "";
@@ -135,9 +149,10 @@ RunHistory read_run_history(const fs::path& directory) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw IoError(fmt::format("cannot open {}", path.string()));
   int64_t number = 0;
+  SteadyTime steady;
   for (std::string text; std::getline(file, text);) {
     ++number;
-    const std::string wrong = read_line(text, history);
+    const std::string wrong = read_line(text, steady, history);
     if (wrong.empty()) {
       ++history.num_lines;
     } else if (file.eof()) {

@@ -19,7 +19,7 @@ using MetricSeries = std::vector<MetricPoint>;  // steps rise strictly
 /// An event line of metrics.jsonl.
 struct PastEvent {
   int64_t step = 0;
-  double time = 0;      // unix seconds, NaN when the line has none
+  double time = 0;      // as RunHistory::times, NaN when the line has none
   std::string name;     // "checkpoint", "resume", …
   std::string details;  // the line's other keys, "key: value, key: value"
 };
@@ -38,7 +38,9 @@ struct RunHistory {
   std::filesystem::path directory;
   std::string name;  // the directory's own
   std::map<std::string, MetricSeries, std::less<>> metrics;
-  MetricSeries times;  // unix seconds of the ordinary lines; empty in files that have none
+  /// Unix seconds of the ordinary lines; empty in files that have none. They never fall: where the
+  /// clock was set back, all that follows is later by as much.
+  MetricSeries times;
   std::vector<PastEvent> events;   // in the order of the file
   std::vector<ExpertLoads> loads;  // steps rise strictly
   std::string config;              // config.yaml's text; empty when there is none

@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <charconv>
 
 #include "base/error.h"
 #include "monitor/tensorboard.pb.h"
@@ -22,11 +24,24 @@ fs::path event_path(const fs::path& directory) {
   fs::create_directories(directory, error);
   if (error)
     throw IoError(fmt::format("cannot create {}: {}", directory.string(), error.message()));
+  // Note: TensorBoard reads files in the order of their names, so the newest must have the largest,
+  // also in the second of the one before, and after the clock was set back.
+  constexpr std::string_view kStart = "events.out.tfevents.";
+  constexpr int64_t kLargest = 9'999'999'999;  // ten digits
+  auto number = static_cast<int64_t>(unix_seconds());
+  for (const auto& entry : fs::directory_iterator(directory, error)) {
+    const std::string name = entry.path().filename().string();
+    int64_t other = 0;
+    if (name.starts_with(kStart) &&
+        std::from_chars(name.data() + kStart.size(), name.data() + name.size(), other).ec ==
+            std::errc() &&
+        other < kLargest)
+      number = std::max(number, other + 1);
+  }
   std::array<char, 256> host{};
   if (::gethostname(host.data(), host.size() - 1) != 0) host[0] = 'x';
-  return directory / fmt::format("events.out.tfevents.{:010}.{}.{}.{}",
-                                 static_cast<int64_t>(unix_seconds()), host.data(), ::getpid(),
-                                 files++);
+  return directory /
+         fmt::format("{}{:010}.{}.{}.{}", kStart, number, host.data(), ::getpid(), files++);
 }
 
 tb::Event event_at(int64_t step) {

@@ -168,6 +168,17 @@ TEST_F(ReportTest, AStepThatComesAgainReplacesTheOldOnes) {
   EXPECT_EQ(history.series("train/loss")[1].value, 8);
 }
 
+TEST_F(ReportTest, AClockThatWasSetBackStandsStill) {
+  const RunHistory history = read(
+      "{\"time\":5000,\"step\":1,\"train/loss\":3}\n{\"time\":5010,\"step\":2,\"train/loss\":3}\n"
+      "{\"time\":1420,\"step\":2,\"event\":\"checkpoint\"}\n"
+      "{\"time\":1425,\"step\":3,\"train/loss\":2}\n{\"time\":1435,\"step\":4,\"train/loss\":2}\n");
+  ASSERT_EQ(history.times.size(), 4U);
+  EXPECT_EQ(history.events.at(0).time, 5010);
+  EXPECT_EQ(history.times[2].value, 5015);
+  EXPECT_EQ(history.times[3].value, 5025);
+}
+
 TEST_F(ReportTest, SaysWhatIsMissing) {
   const auto message = [](const std::filesystem::path& path) -> std::string {
     try {

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
@@ -16,6 +17,7 @@
 #include "monitor/jsonl.h"
 #include "monitor/prometheus.h"
 #include "monitor/run_monitor.h"
+#include "monitor/tensorboard.h"
 
 namespace dsv3 {
 namespace {
@@ -159,6 +161,23 @@ TEST_F(SinksTest, AFullDiskIsWarnedOfOnceAndTheRunGoesOn) {
   }
   std::fclose(out);
   EXPECT_EQ(steps_of(directory_ / "metrics.jsonl"), (std::vector<int64_t>{1, 2, 3, 4, 4, 5}));
+}
+
+TEST_F(SinksTest, TheNewestEventFileHasTheLargestName) {
+  // One of a clock that was ahead, and one that is no event file of ours.
+  for (const char* name : {"events.out.tfevents.7000000000.host.1.0", "events.out.tfevents.x"})
+    write_file_atomically(directory_ / name, "");
+  const auto newest = [this] {
+    std::vector<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(directory_))
+      names.push_back(entry.path().filename().string());
+    std::erase(names, "events.out.tfevents.x");
+    return *std::ranges::max_element(names);
+  };
+  const TensorBoardSink first(directory_, {});
+  EXPECT_TRUE(newest().starts_with("events.out.tfevents.7000000001.")) << newest();
+  const TensorBoardSink second(directory_, {});
+  EXPECT_TRUE(newest().starts_with("events.out.tfevents.7000000002.")) << newest();
 }
 
 TEST_F(SinksTest, PrometheusTextHasOneFamilyPerMetricWithLabels) {
