@@ -21,6 +21,15 @@ fs::path without_trailing_slash(const fs::path& path) {
   return path.has_filename() ? path : path.parent_path();
 }
 
+void require_no_file(const fs::path& directory) {
+  require(!fs::exists(directory) || fs::is_directory(directory),
+          "{} is a file; a run needs a directory", directory.string());
+}
+
+IoError cannot_prepare(const fs::path& directory, const fs::filesystem_error& error) {
+  return IoError(fmt::format("cannot prepare {}: {}", directory.string(), error.code().message()));
+}
+
 /// Whether a line of metrics.jsonl is whole and belongs to a step up to `step`.
 bool keeps(std::string_view line, int64_t step) {
   const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
@@ -41,8 +50,7 @@ std::optional<fs::path> prepare_run_directory(const fs::path& given) {
   const fs::path directory = without_trailing_slash(given);
   std::optional<fs::path> moved;
   try {
-    require(!fs::exists(directory) || fs::is_directory(directory),
-            "{} is a file; a run needs a directory", directory.string());
+    require_no_file(directory);
     if (holds_run(directory)) {
       for (int i = 1; !moved; ++i) {
         fs::path aside = directory;
@@ -53,7 +61,7 @@ std::optional<fs::path> prepare_run_directory(const fs::path& given) {
     }
     fs::create_directories(directory / "checkpoints");
   } catch (const fs::filesystem_error& error) {
-    throw IoError(fmt::format("cannot prepare {}: {}", directory.string(), error.code().message()));
+    throw cannot_prepare(directory, error);
   }
   return moved;
 }
@@ -91,6 +99,22 @@ RunLock::RunLock(const fs::path& directory) {
 
 RunLock::~RunLock() {
   if (fd_ >= 0) ::close(fd_);
+}
+
+std::unique_ptr<RunLock> begin_run_directory(const fs::path& directory) {
+  try {
+    require_no_file(directory);
+    fs::create_directories(directory / "checkpoints");
+  } catch (const fs::filesystem_error& error) {
+    throw cannot_prepare(directory, error);
+  }
+  auto lock = std::make_unique<RunLock>(directory);
+  if (holds_run(directory))
+    throw IoError(
+        fmt::format("another process has begun a run in {} meanwhile; go on with it, or "
+                    "choose another directory with --out",
+                    directory.string()));
+  return lock;
 }
 
 }  // namespace dsv3

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -34,5 +35,10 @@ class RunLock {
  private:
   int fd_ = -1;
 };
+
+/// Makes `directory`, which held no run when this process looked, ready for a new one and locks it.
+/// Throws std::invalid_argument when it is a file, IoError, also when another process has begun a
+/// run there meanwhile: that run is not touched.
+std::unique_ptr<RunLock> begin_run_directory(const std::filesystem::path& directory);
 
 }  // namespace dsv3

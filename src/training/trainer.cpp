@@ -35,6 +35,8 @@ Trainer::Trainer(const Config& config, TrainerOptions options)
   if (point) restore(*point);
   if (point && options_.resume_from.empty()) {
     for (std::string& note : settle_directory(*point)) notes.push_back(std::move(note));
+  } else if (lock_ == nullptr) {
+    lock_ = begin_run_directory(options_.directory);
   } else {
     lock_.reset();
     const auto moved = prepare_run_directory(options_.directory);

@@ -67,6 +67,21 @@ TEST(RunDirectory, ALockIsHeldOnce) {
   EXPECT_THROW(RunLock(temporary.path() / "nowhere"), IoError);
 }
 
+TEST(RunDirectory, OfTwoProcessesThatBeginOneRunTheSecondTouchesNothing) {
+  const test::TemporaryDirectory temporary;
+  const auto run = temporary.path() / "run";
+  auto first = begin_run_directory(run);
+  EXPECT_THROW(begin_run_directory(run), IoError) << "the first is at work";
+  write_file_atomically(run / "metrics.jsonl", "{}\n");
+  first.reset();
+  EXPECT_THROW(begin_run_directory(run), IoError) << "the first has left a run";
+  EXPECT_EQ(read_file(run / "metrics.jsonl"), "{}\n");
+  EXPECT_FALSE(fs::exists(temporary.path() / "run.1"));
+  write_file_atomically(temporary.path() / "file", "x");
+  EXPECT_THROW(begin_run_directory(temporary.path() / "file"), std::invalid_argument);
+  EXPECT_THROW(begin_run_directory(temporary.path() / "file" / "run"), IoError);
+}
+
 TEST(StopSignals, TheFirstIsRememberedAndHandlersReturn) {
   {
     const StopSignals signals;
