@@ -26,44 +26,75 @@ DISTRIBUTION = "moe/expert_distribution"
 LAYER_MARK = "moe/max_vio/layer_"
 
 
-def lines_of(path, is_over):
-    """Yields whole lines; at the end of the file waits for more until is_over()."""
-    with open(path, encoding="utf-8") as file:
-        part = ""
-        while True:
-            over = is_over()  # asked before reading: what was written before the end is still read
-            text = file.readline()
-            if text:
-                part += text
-                if part.endswith("\n"):
-                    yield part
-                    part = ""
-            elif over:
-                return
-            else:
-                time.sleep(POLL_SECONDS)
+def parsed(text):
+    """The line's object; None for a line that is none, as a full disk may leave it."""
+    try:
+        line = json.loads(text)
+        return line if isinstance(line["time"], (int, float)) and isinstance(line["step"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def is_replaced(file, path):
+    """Whether another file has this path now: a run that goes on drops lines by writing a new file."""
+    try:
+        return os.fstat(file.fileno()).st_ino != os.stat(path).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def lines_of(path, is_over, state):
+    """Yields the lines that were not sent yet; at the end of the file waits for more until is_over()."""
+    while True:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            already = state.num_sent(file)
+            file.seek(0)
+            part, number = "", 0
+            while True:
+                over = is_over()  # asked before reading: what was written before the end is still read
+                replaced = is_replaced(file, path)
+                text = file.readline()
+                if text:
+                    part += text
+                    if part.endswith("\n"):
+                        line, part, number = parsed(part), "", number + 1
+                        if number > already and line:
+                            yield line
+                elif replaced:
+                    break
+                elif over:
+                    return
+                else:
+                    time.sleep(POLL_SECONDS)
 
 
 class State:
-    """What has been sent: the W&B run's id, the time of the last line, how many lines had that time."""
+    """What has been sent: the W&B run's id, the time of the last line, how many lines in a row had that time."""
 
     def __init__(self, path):
         self.path = path
         self.values = {"id": uuid.uuid4().hex[:12], "time": 0.0, "lines": 0, "events": {}}
         if path.exists():
             self.values.update(json.loads(path.read_text(encoding="utf-8")))
-        self.seen = 0  # lines of that time met in this process
 
-    def is_new(self, line):
-        if line["time"] == self.values["time"]:
-            self.seen += 1
-            return self.seen > self.values["lines"]
-        return line["time"] > self.values["time"]
+    def num_sent(self, file):
+        """How many of the file's lines were sent: up to the last one sent where it is still there, whatever the clock
+        did before and after; else those that are not younger."""
+        marked = older = same = 0
+        for number, text in enumerate(file, 1):
+            line = parsed(text)
+            if not line:
+                continue
+            same = same + 1 if line["time"] == self.values["time"] else 0
+            if same and same <= self.values["lines"]:
+                marked = number
+            if line["time"] <= self.values["time"]:
+                older = number
+        return marked or older
 
     def sent(self, line):
         same = line["time"] == self.values["time"]
         self.values["lines"] = self.values["lines"] + 1 if same else 1
-        self.seen = self.values["lines"]
         self.values["time"] = line["time"]
 
     def save(self):
@@ -138,10 +169,7 @@ def main():
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     try:
-        for text in lines_of(metrics, is_over):
-            line = json.loads(text)
-            if not state.is_new(line):
-                continue
+        for line in lines_of(metrics, is_over, state):
             run.log(point_of(wandb, line, state))
             state.sent(line)
     except KeyboardInterrupt:

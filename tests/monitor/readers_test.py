@@ -299,6 +299,37 @@ class WeightsAndBiases(unittest.TestCase):
         self.assertEqual(bridge.returncode, 0, output)
         self.check(self.run, lines)
 
+    @needs("wandb")
+    def test_a_clock_that_was_set_back_and_a_broken_line_lose_nothing(self):
+        lines = dumped(self.run)
+        for number, line in enumerate(lines):
+            line["time"] = 2000.0 + number - (1000 if number >= len(lines) // 2 else 0)
+        text = "".join(json.dumps(line) + "\n" for line in lines[:-1])
+        (self.run / "metrics.jsonl").write_text(text + '{"time": 5, "st\n')
+        run(sys.executable, BRIDGE, self.run, env=self.environment)
+        self.check(self.run, lines[:-1])
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+        run(sys.executable, BRIDGE, self.run, env=self.environment)
+        self.check(self.run, lines)
+
+    @needs("wandb")
+    def test_a_bridge_follows_a_run_that_went_back(self):
+        lines = dumped(self.run)
+        bridge = subprocess.Popen([sys.executable, BRIDGE, self.run, "--with-trainer"], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment)
+        deadline = time.monotonic() + 60
+        while len(list(wandb_history(self.run))) == 0 and time.monotonic() < deadline:
+            time.sleep(0.3)
+        time.sleep(2)  # the lines are read; the bridge waits at the file's end
+        again = [line | {"time": line["time"] + 1000} for line in lines[-3:]]
+        (self.run / "new").write_text("".join(json.dumps(line) + "\n" for line in lines[:-3] + again))
+        (self.run / "new").rename(self.run / "metrics.jsonl")
+        time.sleep(3)
+        output = bridge.communicate(timeout=120)[0]
+        self.assertEqual(bridge.returncode, 0, output)
+        self.check(self.run, lines + again)
+
     def test_a_directory_that_is_no_run_is_named(self):
         done = subprocess.run([sys.executable, BRIDGE, self.run], capture_output=True, text=True)
         self.assertEqual(done.returncode, 1)
