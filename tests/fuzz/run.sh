@@ -38,7 +38,7 @@ for reader in "${readers[@]}"; do
   if $keep; then
     smallest=$(mktemp -d)
     "$program" -merge=1 -max_len=4096 "$smallest" "tests/fuzz/corpus/$reader" "$place/found_$reader" >/dev/null 2>&1
-    find "$smallest" -type f -size -4k -print0 | xargs -0 ls -S -r | head -40 | xargs -r cp -t "tests/fuzz/corpus/$reader"
+    find "$smallest" -type f -size -4k -print0 | xargs -0 ls -S -r | sed 41,\$d | xargs -r cp -t "tests/fuzz/corpus/$reader"
     rm -rf "$smallest"
   fi
 done
