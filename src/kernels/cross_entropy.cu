@@ -1,16 +1,15 @@
 // Softmax cross-entropy of logits, which are overwritten by their gradient: a block per token.
 //
-// Pass 1 walks the row upwards with an online softmax (Milakov & Gimelshein, arXiv:1805.02867);
-// pass 2 walks it downwards, so that what pass 1 read last is still in the cache. Rows of up to
-// 48 KB (528 of them are in flight on 132 multiprocessors) come from the second cache on their
-// second reading: T·V read, T·V written. Longer ones go to cross_entropy_sm90.cu where the device
-// can; elsewhere they are read twice.
+// Pass 1 takes the row in chunks of 32 KB, which the block holds in registers: the largest logit
+// first, then one exponential per logit below it. Pass 2 reads the row again and writes the
+// gradient. Rows of up to 48 KB (a few hundred of them are in flight) come from the second cache on
+// their second reading: T·V read, T·V written. Longer ones go to cross_entropy_sm90.cu where the
+// device can; elsewhere they are read twice.
 //
 // Split over the vocabulary, pass 1 and pass 2 are launches of their own.
 
 #include "kernels/detail/cross_entropy.cuh"
-#include "kernels/detail/softmax.cuh"
-#include "kernels/detail/vector.cuh"
+#include "kernels/detail/logits.cuh"
 #include "kernels/loss.h"
 
 namespace dsv3::kernels::cuda {
@@ -20,187 +19,179 @@ using detail::kVector;
 using detail::kWarp;
 using detail::Softmax;
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kWords = 4;
+/// Blocks of a multiprocessor: pass 1 alone lives on many, pass 2 on registers for its loads.
+constexpr int kScanBlocks = 4, kGradientBlocks = 2;
 constexpr int kWarps = kThreads / kWarp;
 
-/// The block's softmax, the same bits in every thread.
-__device__ Softmax block_merge(Softmax s) {
+template <typename T, typename Word>
+using Chunk = detail::LogitChunk<T, Word, kThreads, kWords>;
+
+/// Pass 1 over a row whose first id is `begin`: each warp's softmax, in shared memory.
+template <typename T, typename Word>
+__device__ void scan_row(const T* row, int64_t vocab, int64_t begin, Softmax (&parts)[kWarps]) {
+  using C = Chunk<T, Word>;
+  const auto* words = reinterpret_cast<const Word*>(row);
+  const int64_t num_words = vocab / C::kPer;
+  Softmax all = detail::empty_softmax();
+  for (int64_t first = 0; first < num_words; first += C::kSize) {
+    C chunk;
+    chunk.load(words + first, num_words - first);
+    all.merge(chunk.scan(static_cast<unsigned>(begin + first * C::kPer)));
+  }
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = all;
+}
+
+/// The block's softmax from its warps', the same bits in every lane of a warp.
+__device__ Softmax join_warps(const Softmax (&parts)[kWarps]) {
+  const int lane = threadIdx.x % kWarp;
+  return detail::join_lanes(lane < kWarps ? parts[lane] : detail::empty_softmax());
+}
+
+/// What pass 2 needs of a row.
+struct Row {
+  Softmax softmax;
+  float label_logit;
+};
+
+/// Pass 2; `label` within the row, or outside it; zeros when not `valid`. `known` returns the Row;
+/// it is asked when the first loads are on their way.
+template <typename T, typename Word, typename Known>
+__device__ Row write_gradient(T* row, int64_t vocab, int64_t label, bool valid, float scale,
+                              const Known& known) {
+  using C = Chunk<T, Word>;
+  auto* const words = reinterpret_cast<Word*>(row);
+  const int64_t num_words = vocab / C::kPer;
+  Row of{};
+  float factor = 0.0f, power = 0.0f;
+  for (int64_t first = 0; first < num_words; first += C::kSize) {
+    C chunk;
+    chunk.load(words + first, num_words - first);
+    if (first == 0) {
+      of = known();
+      factor = scale / of.softmax.sum;
+      power = detail::reference_power(of.softmax.largest);
+    }
+#pragma unroll
+    for (int r = 0; r < kWords; ++r) {
+      if (C::index(r) >= chunk.count) continue;
+      const int64_t word = first + C::index(r), at = label - word * C::kPer;
+      float v[C::kPer] = {};
+      if (valid) {
+        detail::unpack<T>(chunk.word[r], v);
+#pragma unroll
+        for (int e = 0; e < C::kPer; ++e) v[e] = factor * detail::scaled_exp(v[e], power);
+        if (at >= 0 && at < C::kPer) {
+#pragma unroll
+          for (int e = 0; e < C::kPer; ++e) v[e] -= e == at ? scale : 0.0f;
+        }
+      }
+      detail::pack<T>(v, chunk.word[r]);
+      __stcs(words + word, chunk.word[r]);
+    }
+  }
+  return of;
+}
+
+/// The token's loss and whether it is correct; an ignored label gives nothing, one that is no id
+/// NaN.
+__device__ void write_loss(const Row& row, int label, bool valid, float* loss, int32_t* correct) {
+  const float otherwise = label == kIgnoredLabel ? 0.0f : NAN;
+  *loss = valid ? row.softmax.loss(row.label_logit) : otherwise;
+  *correct = valid && row.softmax.argmax == static_cast<unsigned>(label) ? 1 : 0;
+}
+
+template <typename T, typename Word>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks) whole_kernel(CrossEntropy p) {
   __shared__ Softmax parts[kWarps];
-  s = detail::warp_merge(s);
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = s;
-  __syncthreads();
-  s = parts[0];
-  for (int w = 1; w < kWarps; ++w) s.merge(parts[w]);
-  return s;
-}
-
-/// Loads or stores kStep elements (8 with 16-byte accesses, or 1).
-template <typename T>
-__device__ __forceinline__ void load(const T* x, float (&v)[kVector]) {
-  detail::load8(x, v);
-}
-template <typename T>
-__device__ __forceinline__ void load(const T* x, float (&v)[1]) {
-  v[0] = detail::to_float(*x);
-}
-template <typename T>
-__device__ __forceinline__ void store(T* x, const float (&v)[kVector]) {
-  detail::store8(x, v);
-}
-template <typename T>
-__device__ __forceinline__ void store(T* x, const float (&v)[1]) {
-  *x = detail::from_float<T>(v[0]);
-}
-
-template <typename T, int kStep>
-__device__ void zero_row(T* row, int64_t vocab) {
-  const float zeros[kStep] = {};
-  for (int64_t i = int64_t{threadIdx.x} * kStep; i < vocab; i += kThreads * kStep) {
-    store(row + i, zeros);
-  }
-}
-
-/// Pass 1: what this thread sees of the row, whose first id is `begin`.
-template <typename T, int kStep>
-__device__ Softmax scan_row(const T* row, int64_t vocab, int64_t begin) {
-  Softmax s = detail::empty_softmax();
-  float power = 0.0f;
-#pragma unroll 2
-  for (int64_t i = int64_t{threadIdx.x} * kStep; i < vocab; i += kThreads * kStep) {
-    float v[kStep];
-    load(row + i, v);
-    float top = v[0];
-#pragma unroll
-    for (int e = 1; e < kStep; ++e) top = fmaxf(top, v[e]);
-    if (top > s.largest) {
-      int first = kStep - 1;
-#pragma unroll
-      for (int e = kStep - 2; e >= 0; --e) first = v[e] == top ? e : first;
-      s.sum = s.sum_under(top);
-      s.largest = top;
-      s.argmax = static_cast<unsigned>(begin + i + first);
-      power = detail::reference_power(top);
-    }
-#pragma unroll
-    for (int e = 0; e < kStep; ++e) s.sum += detail::scaled_exp(v[e], power);
-  }
-  return s;
-}
-
-/// Pass 2, from the end of the row to its start; `label` within the row, or outside it.
-template <typename T, int kStep>
-__device__ void write_gradient(T* row, int64_t vocab, int64_t label, const Softmax& s,
-                               float scale) {
-  const float factor = scale / s.sum, power = detail::reference_power(s.largest);
-  const int64_t num_steps = vocab / kStep;
-#pragma unroll 2
-  for (int64_t step = num_steps - 1 - threadIdx.x; step >= 0; step -= kThreads) {
-    const int64_t i = step * kStep;
-    float v[kStep];
-    load(row + i, v);
-#pragma unroll
-    for (int e = 0; e < kStep; ++e) v[e] = factor * detail::scaled_exp(v[e], power);
-    if (label >= i && label < i + kStep) {
-#pragma unroll
-      for (int e = 0; e < kStep; ++e) v[e] -= i + e == label ? scale : 0.0f;
-    }
-    store(row + i, v);
-  }
-}
-
-/// What a label that is no id gives: ignored ones nothing, others NaN.
-__device__ void write_invalid(int label, float* loss, int32_t* correct) {
-  *loss = label == kIgnoredLabel ? 0.0f : NAN;
-  *correct = 0;
-}
-
-template <typename T, int kStep>
-__global__ void __launch_bounds__(kThreads) whole_kernel(CrossEntropy p) {
   const int64_t token = blockIdx.x;
   T* const row = static_cast<T*>(p.logits) + token * p.vocab;
   const int label = p.labels[token];
-  if (label < 0 || label >= p.vocab) {
-    if (threadIdx.x == 0) write_invalid(label, p.losses + token, p.correct + token);
-    if (p.write_gradient) zero_row<T, kStep>(row, p.vocab);
-    return;
+  const bool valid = label >= 0 && label < p.vocab;
+  Row known{};
+  if (valid) {
+    known.label_logit = detail::to_float(row[label]);
+    scan_row<T, Word>(row, p.vocab, 0, parts);
+    __syncthreads();
+    known.softmax = join_warps(parts);
   }
-  const float label_logit = detail::to_float(row[label]);
-  const Softmax s = block_merge(scan_row<T, kStep>(row, p.vocab, 0));
   if (threadIdx.x == 0) {
-    p.losses[token] = s.loss(label_logit);
-    p.correct[token] = s.argmax == static_cast<unsigned>(label) ? 1 : 0;
+    write_loss(known, label, valid, p.losses + token, p.correct + token);
   }
-  // Note: every thread read label_logit before block_merge's barrier, so it may be overwritten.
-  if (p.write_gradient) write_gradient<T, kStep>(row, p.vocab, label, s, *p.scale);
+  // Note: every thread read the label's logit before the barrier, so it may be overwritten.
+  if (p.write_gradient) {
+    write_gradient<T, Word>(row, p.vocab, label, valid, *p.scale, [&] { return known; });
+  }
 }
 
-template <typename T, int kStep>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(CrossEntropyStatistics p) {
+template <typename T, typename Word>
+__global__ void __launch_bounds__(kThreads, kScanBlocks)
+    statistics_kernel(CrossEntropyStatistics p) {
+  __shared__ Softmax parts[kWarps];
   const int64_t token = blockIdx.x;
   const T* const row = static_cast<const T*>(p.logits) + token * p.vocab;
-  const Softmax s = block_merge(scan_row<T, kStep>(row, p.vocab, p.vocab_begin));
+  const int label = p.labels[token];
+  scan_row<T, Word>(row, p.vocab, p.vocab_begin, parts);
+  float label_logit = -INFINITY;
+  const int64_t local = label - p.vocab_begin;
+  if (threadIdx.x == 0 && label >= 0 && local >= 0 && local < p.vocab) {
+    label_logit = detail::to_float(row[local]);
+  }
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  const Softmax s = join_warps(parts);
   if (threadIdx.x != 0) return;
-  const int64_t local = p.labels[token] - p.vocab_begin;
-  const bool ours = p.labels[token] >= 0 && local >= 0 && local < p.vocab;
   const float k = detail::reference_power(s.largest);
   p.statistics[token] = {
       .largest = s.largest,
       .sum = s.largest == -INFINITY ? s.sum : s.sum * exp2f(-fmaf(s.largest, detail::kLog2E, -k)),
-      .label_logit = ours ? detail::to_float(row[local]) : -INFINITY,
+      .label_logit = label_logit,
       .argmax = static_cast<int32_t>(s.argmax)};
 }
 
-/// All parts of a token together, in the order of parts.
-struct Joined {
-  Softmax softmax;
-  float label_logit;
-};
-__device__ Joined join_parts(const CrossEntropyFinish& p, int64_t token) {
-  Joined all{detail::empty_softmax(), -INFINITY};
-  float top = -INFINITY;
-  for (int part = 0; part < p.num_parts; ++part) {
+/// All parts of a token together, by each warp for itself: the same bits in all of them.
+__device__ Row join_parts(const CrossEntropyFinish& p, int64_t token) {
+  Softmax mine = detail::empty_softmax();
+  float label_logit = -INFINITY;
+  for (int part = threadIdx.x % kWarp; part < p.num_parts; part += kWarp) {
     const VocabStatistics s = p.statistics[part * p.num_tokens + token];
-    if (s.largest > top) all.softmax.argmax = static_cast<unsigned>(s.argmax);
-    top = fmaxf(top, s.largest);
-    all.label_logit = fmaxf(all.label_logit, s.label_logit);
+    const float k = detail::reference_power(s.largest);
+    mine.merge({.largest = s.largest,
+                .sum = s.largest == -INFINITY ? s.sum : s.sum * detail::scaled_exp(s.largest, k),
+                .argmax = static_cast<unsigned>(s.argmax)});
+    label_logit = fmaxf(label_logit, s.label_logit);
   }
-  const float k = detail::reference_power(top);
-  for (int part = 0; part < p.num_parts; ++part) {
-    const VocabStatistics s = p.statistics[part * p.num_tokens + token];
-    all.softmax.sum += s.largest == -INFINITY ? s.sum : s.sum * detail::scaled_exp(s.largest, k);
-  }
-  all.softmax.largest = top;
-  return all;
+  __syncwarp();
+  return {detail::join_lanes(mine), detail::warp_largest(label_logit + 0.0f)};
 }
 
-template <typename T, int kStep>
-__global__ void __launch_bounds__(kThreads) finish_kernel(CrossEntropyFinish p) {
+template <typename T, typename Word>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks) finish_kernel(CrossEntropyFinish p) {
   const int64_t token = blockIdx.x;
   T* const row = static_cast<T*>(p.logits) + token * p.vocab;
   const int label = p.labels[token];
-  if (label < 0 || label >= p.total_vocab) {
-    if (threadIdx.x == 0) write_invalid(label, p.losses + token, p.correct + token);
-    if (p.write_gradient) zero_row<T, kStep>(row, p.vocab);
-    return;
+  const bool valid = label >= 0 && label < p.total_vocab;
+  const auto join = [&] { return join_parts(p, token); };
+  Row known{};
+  if (p.write_gradient && p.vocab > 0) {
+    const int64_t local = label - p.vocab_begin;
+    known = write_gradient<T, Word>(row, p.vocab, local, valid, *p.scale, join);
+  } else {
+    known = join();
   }
-  const Joined all = join_parts(p, token);
-  if (threadIdx.x == 0) {
-    p.losses[token] = all.softmax.loss(all.label_logit);
-    p.correct[token] = all.softmax.argmax == static_cast<unsigned>(label) ? 1 : 0;
-  }
-  if (!p.write_gradient) return;
-  write_gradient<T, kStep>(row, p.vocab, label - p.vocab_begin, all.softmax, *p.scale);
+  if (threadIdx.x == 0) write_loss(known, label, valid, p.losses + token, p.correct + token);
 }
 
-/// Calls launch(element type, step as a constant).
+/// Calls launch(null pointer of the element type, a word).
 template <typename P, typename Launch>
 void dispatch(const char* name, const P& p, const Launch& launch) {
   const bool vectorised = p.vocab % kVector == 0 && detail::aligned16(p.logits);
   detail::dispatch_float(name, p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
     if (vectorised) {
-      launch(type, std::integral_constant<int, kVector>());
+      launch(type, uint4{});
     } else {
-      launch(type, std::integral_constant<int, 1>());
+      launch(type, T{});
     }
   });
   detail::check_launch(name);
@@ -212,27 +203,27 @@ void cross_entropy(const CrossEntropy& p, Stream stream) {
   if (p.num_tokens == 0) return;
   if (p.write_gradient && detail::cross_entropy_sm90(p, detail::cuda_stream(stream))) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy", p, [&](auto* type, auto step) {
+  dispatch("cross_entropy", p, [&](auto* type, auto word) {
     using T = std::remove_pointer_t<decltype(type)>;
-    whole_kernel<T, step.value><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    whole_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
 void cross_entropy_statistics(const CrossEntropyStatistics& p, Stream stream) {
   if (p.num_tokens == 0) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy_statistics", p, [&](auto* type, auto step) {
+  dispatch("cross_entropy_statistics", p, [&](auto* type, auto word) {
     using T = std::remove_pointer_t<decltype(type)>;
-    statistics_kernel<T, step.value><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    statistics_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
 void cross_entropy_finish(const CrossEntropyFinish& p, Stream stream) {
   if (p.num_tokens == 0) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy_finish", p, [&](auto* type, auto step) {
+  dispatch("cross_entropy_finish", p, [&](auto* type, auto word) {
     using T = std::remove_pointer_t<decltype(type)>;
-    finish_kernel<T, step.value><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    finish_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
