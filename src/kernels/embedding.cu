@@ -21,8 +21,8 @@ using detail::kVector;
 
 constexpr int kChunk = 32;  // sorted tokens per block
 constexpr int kThreads = 128;
-constexpr int kBatch = 4;  // rows whose loads are in flight together
-constexpr int kJoinLanes = 32, kJoinRows = 8;
+constexpr int kBatch = 4;  // vectors of a thread whose loads are in flight together
+constexpr int kJoinLanes = 32, kJoinRows = 8, kJoinTiles = 4;
 
 constexpr int64_t aligned(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -73,33 +73,34 @@ Scratch cut_scratch(void* base, int64_t num_tokens, int64_t vocab, int64_t hidde
   return s;
 }
 
+/// A thread takes kBatch vectors of a row, blockDim.x of them apart.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(256) forward_kernel(EmbeddingForward p) {
-  const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kVec;
-  if (column >= p.hidden) return;
+  const int64_t step = int64_t{blockDim.x} * kVec;
+  const int64_t first = int64_t{blockIdx.x} * kBatch * step + int64_t{threadIdx.x} * kVec;
   for (int64_t t = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; t < p.num_tokens;
        t += int64_t{gridDim.y} * blockDim.y) {
     const int64_t id = p.ids[t];
-    float v[kVec] = {};
-    if (id >= 0 && id < p.vocab) {
-      detail::load_n<kVec>(static_cast<const T*>(p.table) + id * p.hidden + column, v);
+    const T* const row = static_cast<const T*>(p.table) + id * p.hidden;
+    T* const y = static_cast<T*>(p.y) + t * p.hidden;
+    const bool valid = id >= 0 && id < p.vocab;
+    float v[kBatch][kVec] = {};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t column = first + j * step;
+      if (valid && column < p.hidden) detail::load_n<kVec>(row + column, v[j]);
     }
-    detail::store_n<kVec>(static_cast<T*>(p.y) + t * p.hidden + column, v);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t column = first + j * step;
+      if (column < p.hidden) detail::store_n<kVec>(y + column, v[j]);
+    }
   }
 }
 
 __global__ void count_up_kernel(int32_t* tokens, int64_t num_tokens) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i < num_tokens) tokens[i] = static_cast<int32_t>(i);
-}
-
-template <int kVec, typename G>
-__device__ __forceinline__ void add_to_row(G* row, const float (&sum)[kVec]) {
-  float v[kVec];
-  detail::load_n<kVec>(row, v);
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) v[e] += sum[e];
-  detail::store_n<kVec>(row, v);
 }
 
 /// grid (chunks, column tiles).
@@ -117,15 +118,22 @@ __global__ void __launch_bounds__(kThreads) sum_chunk_kernel(EmbeddingBackward p
   __syncthreads();
   const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kVec;
   if (column >= p.hidden) return;
-  const T* dy = static_cast<const T*>(p.dy) + column;
-  float* share = s.shares + int64_t{blockIdx.x} * 2 * p.hidden + column;
+  const T* const dy = static_cast<const T*>(p.dy) + column;
+  G* const table = static_cast<G*>(p.dtable) + column;
+  float* const share = s.shares + int64_t{blockIdx.x} * 2 * p.hidden + column;
   float sum[kVec] = {};
-  bool continued = ids[1] == ids[0];  // the current run began before this chunk
   for (int first = 0; first < count; first += kBatch) {
-    float v[kBatch][kVec];
+    float v[kBatch][kVec], row[kBatch][kVec];
+    bool to_table[kBatch];  // a run ends here that lies within the chunk: its row is loaded too
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j < count) detail::load_n<kVec>(dy + int64_t{tokens[first + j]} * p.hidden, v[j]);
+      const int i = first + j;
+      to_table[j] = false;
+      if (i >= count) continue;
+      const int32_t id = ids[i + 1];
+      to_table[j] = id != ids[0] && id != ids[i + 2] && id >= 0 && id < p.vocab;
+      detail::load_n<kVec>(dy + int64_t{tokens[i]} * p.hidden, v[j]);
+      if (to_table[j]) detail::load_n<kVec>(table + id * p.hidden, row[j]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -136,14 +144,15 @@ __global__ void __launch_bounds__(kThreads) sum_chunk_kernel(EmbeddingBackward p
       const int32_t id = ids[i + 1];
       const bool goes_on = ids[i + 2] == id;
       if (goes_on && i + 1 < count) continue;
-      if (continued) {
+      if (to_table[j]) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) row[j][e] += sum[e];
+        detail::store_n<kVec>(table + id * p.hidden, row[j]);
+      } else if (id == ids[0]) {
         detail::store_n<kVec>(share, sum);
       } else if (goes_on) {
         detail::store_n<kVec>(share + p.hidden, sum);
-      } else if (id >= 0 && id < p.vocab) {
-        add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
       }
-      continued = false;
 #pragma unroll
       for (int e = 0; e < kVec; ++e) sum[e] = 0.0f;
     }
@@ -167,28 +176,28 @@ __device__ int64_t last_of_run(const Scratch& s, int64_t num_tokens, int64_t chu
   return chunk;
 }
 
-/// grid (chunks, column tiles), blockDim (kJoinLanes, kJoinRows): the chunk in which a crossing run
-/// begins adds the run's shares.
+template <int kVec, typename G>
+__device__ __forceinline__ void add_to_row(G* row, const float (&sum)[kVec]) {
+  float v[kVec];
+  detail::load_n<kVec>(row, v);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) v[e] += sum[e];
+  detail::store_n<kVec>(row, v);
+}
+
+/// The shares of the run `id` from `chunk` to chunk `last` in columns `column`…, added to its row
+/// by all threads of the block.
 template <typename G, int kVec>
-__global__ void __launch_bounds__(kJoinLanes* kJoinRows)
-    join_chunks_kernel(EmbeddingBackward p, Scratch s) {
+__device__ void join_columns(const EmbeddingBackward& p, const Scratch& s, int32_t id,
+                             int64_t chunk, int64_t last, int64_t column) {
   __shared__ __align__(16) float parts[kJoinRows][kJoinLanes * kVec];
-  const int64_t begin = int64_t{blockIdx.x} * kChunk, end = begin + kChunk;
-  if (end >= p.num_tokens) return;
-  const int32_t id = s.sorted_ids[end - 1];
-  if (s.sorted_ids[end] != id || id < 0 || id >= p.vocab) return;
-  if (begin > 0 && s.sorted_ids[begin - 1] == id) return;  // it began earlier
-  const int64_t last = last_of_run(s, p.num_tokens, int64_t{blockIdx.x} + 1, id);
-  const int64_t column = (int64_t{blockIdx.y} * kJoinLanes + threadIdx.x) * kVec;
   const bool inside = column < p.hidden;
   float sum[kVec] = {};
   if (inside) {
     const float* const shares = s.shares + column;
-    if (threadIdx.y == 0) {
-      detail::load_n<kVec>(shares + (blockIdx.x * int64_t{2} + 1) * p.hidden, sum);
-    }
+    if (threadIdx.y == 0) detail::load_n<kVec>(shares + (chunk * 2 + 1) * p.hidden, sum);
 #pragma unroll 4
-    for (int64_t c = int64_t{blockIdx.x} + 1 + threadIdx.y; c <= last; c += kJoinRows) {
+    for (int64_t c = chunk + 1 + threadIdx.y; c <= last; c += kJoinRows) {
       float v[kVec];
       detail::load_n<kVec>(shares + c * 2 * p.hidden, v);
 #pragma unroll
@@ -197,12 +206,31 @@ __global__ void __launch_bounds__(kJoinLanes* kJoinRows)
     detail::store_n<kVec>(&parts[threadIdx.y][threadIdx.x * kVec], sum);
   }
   __syncthreads();
-  if (!inside || threadIdx.y != 0) return;
-  for (int row = 1; row < kJoinRows; ++row) {
+  if (inside && threadIdx.y == 0) {
+    for (int row = 1; row < kJoinRows; ++row) {
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) sum[e] += parts[row][threadIdx.x * kVec + e];
+      for (int e = 0; e < kVec; ++e) sum[e] += parts[row][threadIdx.x * kVec + e];
+    }
+    add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
   }
-  add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
+  __syncthreads();  // `parts` may be overwritten
+}
+
+/// grid (chunks, column tiles / kJoinTiles), blockDim (kJoinLanes, kJoinRows): the chunk in which a
+/// crossing run begins adds the run's shares.
+template <typename G, int kVec>
+__global__ void __launch_bounds__(kJoinLanes* kJoinRows)
+    join_chunks_kernel(EmbeddingBackward p, Scratch s) {
+  const int64_t chunk = blockIdx.x, begin = chunk * kChunk, end = begin + kChunk;
+  if (end >= p.num_tokens) return;
+  const int32_t before = begin > 0 ? s.sorted_ids[begin - 1] : -1;
+  const int32_t id = s.sorted_ids[end - 1], next = s.sorted_ids[end];
+  if (next != id || before == id || id < 0 || id >= p.vocab) return;  // or it began earlier
+  const int64_t last = last_of_run(s, p.num_tokens, chunk + 1, id);
+  for (int tile = 0; tile < kJoinTiles; ++tile) {
+    const int64_t lane = (int64_t{blockIdx.y} * kJoinTiles + tile) * kJoinLanes + threadIdx.x;
+    join_columns<G, kVec>(p, s, id, chunk, last, lane * kVec);
+  }
 }
 
 template <typename T, typename G, int kVec>
@@ -211,7 +239,8 @@ void launch_backward(const EmbeddingBackward& p, const Scratch& s, cudaStream_t 
   const int64_t tiles = (p.hidden + kThreads * kVec - 1) / (kThreads * kVec);
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(tiles));
   sum_chunk_kernel<T, G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
-  const int64_t join_tiles = (p.hidden + kJoinLanes * kVec - 1) / (kJoinLanes * kVec);
+  constexpr int kJoinColumns = kJoinLanes * kJoinTiles * kVec;
+  const int64_t join_tiles = (p.hidden + kJoinColumns - 1) / kJoinColumns;
   const dim3 join_grid(static_cast<unsigned>(chunks), static_cast<unsigned>(join_tiles));
   join_chunks_kernel<G, kVec><<<join_grid, dim3(kJoinLanes, kJoinRows), 0, stream>>>(p, s);
 }
@@ -227,8 +256,8 @@ void embedding_forward(const EmbeddingForward& p, Stream stream) {
   const cudaStream_t on = detail::cuda_stream(stream);
   const bool vectorised =
       p.hidden % kVector == 0 && detail::aligned16(p.table) && detail::aligned16(p.y);
-  const auto [grid, block] =
-      detail::row_grid(p.num_tokens, vectorised ? p.hidden / kVector : p.hidden);
+  const int64_t vectors = vectorised ? p.hidden / kVector : p.hidden;
+  const auto [grid, block] = detail::row_grid(p.num_tokens, (vectors + kBatch - 1) / kBatch);
   detail::dispatch_float("embedding", p.dtype, [&, grid = grid, block = block](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (vectorised) {
