@@ -70,6 +70,33 @@ double gradient_std(const Setup& s) {
   return 0.5 / std::sqrt(static_cast<double>(s.problem.flat));
 }
 
+/// A step over buckets that hold weights, gradients and both moments.
+template <typename Tensors>
+kernels::AdamW adamw_of(const Tensors& b) {
+  const auto dtype_of = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kFloat ? DType::kF32 : DType::kBF16;
+  };
+  return {.size = b.weights.numel(),
+          .weight_dtype = dtype_of(b.weights),
+          .gradient_dtype = dtype_of(b.gradients),
+          .moment_dtype = dtype_of(b.exp_avg),
+          .weights = b.weights.mutable_data_ptr(),
+          .master = nullptr,
+          .gradients = b.gradients.mutable_data_ptr(),
+          .exp_avg = b.exp_avg.mutable_data_ptr(),
+          .exp_avg_sq = b.exp_avg_sq.mutable_data_ptr(),
+          .learning_rate = static_cast<float>(kLearningRate),
+          .beta1 = static_cast<float>(kBeta1),
+          .beta2 = static_cast<float>(kBeta2),
+          .eps = static_cast<float>(kEps),
+          .weight_decay = static_cast<float>(kDecay),
+          .correction1 = 1.0f,
+          .correction2 = 1.0f,
+          .gradient_scale = nullptr,
+          .skip = nullptr,
+          .zero_gradients = false};
+}
+
 /// Weights, gradients and moments of one flat bucket, and LibTorch's lists over the same memory.
 struct Buckets {
   at::Tensor weights, gradients, exp_avg, exp_avg_sq;  // [n]
@@ -90,27 +117,12 @@ struct Buckets {
       steps.push_back(s.keep(at::full({}, 100.0, weights.options().dtype(at::kFloat))));
   }
 
-  kernels::AdamW ours(const NormPass& norm, DType dtype) const {
-    return {.size = weights.numel(),
-            .weight_dtype = dtype,
-            .gradient_dtype = dtype,
-            .moment_dtype = dtype,
-            .weights = weights.mutable_data_ptr(),
-            .master = nullptr,
-            .gradients = gradients.mutable_data_ptr(),
-            .exp_avg = exp_avg.mutable_data_ptr(),
-            .exp_avg_sq = exp_avg_sq.mutable_data_ptr(),
-            .learning_rate = static_cast<float>(kLearningRate),
-            .beta1 = static_cast<float>(kBeta1),
-            .beta2 = static_cast<float>(kBeta2),
-            .eps = static_cast<float>(kEps),
-            .weight_decay = static_cast<float>(kDecay),
-            .correction1 = 1.0f,
-            .correction2 = 1.0f,
-            .gradient_scale = norm.finish.clip_factor,
-            .skip = norm.finish.not_finite,
-            .zero_gradients = false,
-            .partials = moved.mutable_data_ptr<double>()};
+  kernels::AdamW ours(const NormPass& norm) const {
+    kernels::AdamW p = adamw_of(*this);
+    p.gradient_scale = norm.finish.clip_factor;
+    p.skip = norm.finish.not_finite;
+    p.partials = moved.mutable_data_ptr<double>();
+    return p;
   }
 };
 
@@ -139,7 +151,7 @@ Work make_adamw(Setup& s) {
   const NormPass norm(s, b.gradients);
   norm.run(s.stream());
   const at::Tensor factor = s.keep(composed_clip_factor(b.gradient_list));
-  return {[p = b.ours(norm, s.problem.dtype), stream = s.stream()] { kernels::adamw(p, stream); },
+  return {[p = b.ours(norm), stream = s.stream()] { kernels::adamw(p, stream); },
           composed_forward([=] {
             at::_foreach_mul_(b.gradient_list, factor);
             composed_adamw(b);
@@ -149,7 +161,7 @@ Work make_adamw(Setup& s) {
 Work make_step(Setup& s) {
   const Buckets b(s);
   const NormPass norm(s, b.gradients);
-  return {[norm, p = b.ours(norm, s.problem.dtype), stream = s.stream()] {
+  return {[norm, p = b.ours(norm), stream = s.stream()] {
             norm.run(stream);
             kernels::adamw(p, stream);
           },
@@ -207,25 +219,9 @@ struct MasterBuckets {
   }
 
   kernels::AdamW ours() const {
-    return {.size = weights.numel(),
-            .weight_dtype = DType::kBF16,
-            .gradient_dtype = DType::kF32,
-            .moment_dtype = DType::kF32,
-            .weights = weights.mutable_data_ptr(),
-            .master = master.mutable_data_ptr<float>(),
-            .gradients = gradients.mutable_data_ptr(),
-            .exp_avg = exp_avg.mutable_data_ptr(),
-            .exp_avg_sq = exp_avg_sq.mutable_data_ptr(),
-            .learning_rate = static_cast<float>(kLearningRate),
-            .beta1 = static_cast<float>(kBeta1),
-            .beta2 = static_cast<float>(kBeta2),
-            .eps = static_cast<float>(kEps),
-            .weight_decay = static_cast<float>(kDecay),
-            .correction1 = 1.0f,
-            .correction2 = 1.0f,
-            .gradient_scale = nullptr,
-            .skip = nullptr,
-            .zero_gradients = false};
+    kernels::AdamW p = adamw_of(*this);
+    p.master = master.mutable_data_ptr<float>();
+    return p;
   }
   void composed() const {
     at::_fused_adamw_({master}, {gradients}, {exp_avg}, {exp_avg_sq}, {}, {step}, kLearningRate,
@@ -258,44 +254,43 @@ Work make_fp8(Setup& s) {
           })};
 }
 
+struct HalfBuckets {
+  at::Tensor weights, gradients, exp_avg, exp_avg_sq, ema;  // [n] BF16
+  at::Tensor step;
+
+  HalfBuckets(Setup& s, int64_t n)
+      : weights(bf16(s, n, 0.02)),
+        gradients(bf16(s, n, 1e-4)),
+        exp_avg(bf16(s, n, 1e-4)),
+        exp_avg_sq(bf16(s, n, 1e-4).square_()),
+        ema(bf16(s, n, 0.02)),
+        step(s.keep(at::full({}, 100.0, weights.options().dtype(at::kFloat)))) {}
+
+  static at::Tensor bf16(Setup& s, int64_t n, double std) {
+    return s.keep(s.normal32({n}, std).to(at::kBFloat16));
+  }
+  kernels::AdamW ours() const {
+    kernels::AdamW p = adamw_of(*this);
+    p.ema = ema.mutable_data_ptr();
+    p.ema_dtype = DType::kBF16;
+    p.ema_decay = 0.999f;
+    p.stochastic_rounding = true;
+    p.seed = 1;
+    p.step = 1;
+    return p;
+  }
+  /// LibTorch's fused step rounds to nearest: it has no random rounding.
+  void composed() const {
+    at::_fused_adamw_({weights}, {gradients}, {exp_avg}, {exp_avg_sq}, {}, {step}, kLearningRate,
+                      kBeta1, kBeta2, kDecay, kEps, /*amsgrad=*/false, /*maximize=*/false);
+    ema.lerp_(weights, 1e-3);
+  }
+};
+
 Work make_stochastic(Setup& s) {
-  const int64_t n = variant_elements(s.problem);
-  const auto bf16 = [&](double std) { return s.keep(s.normal32({n}, std).to(at::kBFloat16)); };
-  const at::Tensor weights = bf16(0.02), gradients = bf16(1e-4), exp_avg = bf16(1e-4);
-  const at::Tensor exp_avg_sq = bf16(1e-4).square_(), ema = bf16(0.02);
-  const at::Tensor step = s.keep(at::full({}, 100.0, weights.options().dtype(at::kFloat)));
-  kernels::AdamW p{.size = n,
-                   .weight_dtype = DType::kBF16,
-                   .gradient_dtype = DType::kBF16,
-                   .moment_dtype = DType::kBF16,
-                   .weights = weights.mutable_data_ptr(),
-                   .master = nullptr,
-                   .gradients = gradients.mutable_data_ptr(),
-                   .exp_avg = exp_avg.mutable_data_ptr(),
-                   .exp_avg_sq = exp_avg_sq.mutable_data_ptr(),
-                   .learning_rate = static_cast<float>(kLearningRate),
-                   .beta1 = static_cast<float>(kBeta1),
-                   .beta2 = static_cast<float>(kBeta2),
-                   .eps = static_cast<float>(kEps),
-                   .weight_decay = static_cast<float>(kDecay),
-                   .correction1 = 1.0f,
-                   .correction2 = 1.0f,
-                   .gradient_scale = nullptr,
-                   .skip = nullptr,
-                   .zero_gradients = false};
-  p.ema = ema.mutable_data_ptr();
-  p.ema_dtype = DType::kBF16;
-  p.ema_decay = 0.999f;
-  p.stochastic_rounding = true;
-  p.seed = 1;
-  p.step = 1;
-  // LibTorch's fused step rounds to nearest: it has no random rounding.
-  return {[p, stream = s.stream()] { kernels::adamw(p, stream); }, composed_forward([=] {
-            at::_fused_adamw_({weights}, {gradients}, {exp_avg}, {exp_avg_sq}, {}, {step},
-                              kLearningRate, kBeta1, kBeta2, kDecay, kEps, /*amsgrad=*/false,
-                              /*maximize=*/false);
-            ema.lerp_(weights, 1e-3);
-          })};
+  const HalfBuckets b(s, variant_elements(s.problem));
+  return {[p = b.ours(), stream = s.stream()] { kernels::adamw(p, stream); },
+          composed_forward([b] { b.composed(); })};
 }
 
 Plan plan_normal(const Problem& p) {

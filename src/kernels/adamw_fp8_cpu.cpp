@@ -3,7 +3,7 @@
 
 #include "kernels/detail/adamw.h"
 #include "kernels/detail/cpu.h"
-#include "kernels/detail/e4m3.h"
+#include "kernels/detail/fp8_cpu.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::kernels {
@@ -30,43 +30,31 @@ using namespace detail;
 
 constexpr int64_t kTile = kFp8Tile;
 
-/// The block whose first element is w[0], rows `stride` apart.
 template <typename T>
-DSV3_INLINE void quantise_block(const AdamWFp8& p, const T* w, int64_t rows, int64_t columns,
-                                float* scale_out, uint8_t* codes) {
-  float top = 0.0f;
+DSV3_INLINE void widen_block(const T* __restrict w, int64_t stride, int64_t rows, int64_t columns,
+                             Fp8TileRow* __restrict tile) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const float v = std::fabs(load(w + r * p.columns + c));
-      top = v > top ? v : top;
-    }
-  }
-  const auto [scale, inverse] = kernels::detail::tile_scale(top, p.rule);
-  *scale_out = scale;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const float scaled = load(w + r * p.columns + c) * inverse;
-      codes[r * p.columns + c] = static_cast<uint8_t>(kernels::detail::e4m3_code(scaled));
-    }
+    for (int64_t c = 0; c < columns; ++c) tile[r][c] = load(w + r * stride + c);
   }
 }
-
-DSV3_CLONES void quantise(const AdamWFp8& p, const float* w, int64_t rows, int64_t columns,
-                          float* scale, uint8_t* codes) {
-  quantise_block(p, w, rows, columns, scale, codes);
+DSV3_CLONES void widen(const float* w, int64_t stride, int64_t rows, int64_t columns,
+                       Fp8TileRow* tile) {
+  widen_block(w, stride, rows, columns, tile);
 }
-DSV3_CLONES void quantise(const AdamWFp8& p, const BFloat16* w, int64_t rows, int64_t columns,
-                          float* scale, uint8_t* codes) {
-  quantise_block(p, w, rows, columns, scale, codes);
+DSV3_CLONES void widen(const BFloat16* w, int64_t stride, int64_t rows, int64_t columns,
+                       Fp8TileRow* tile) {
+  widen_block(w, stride, rows, columns, tile);
 }
 
 template <typename T>
 void quantise_strip(const AdamWFp8& p, const T* weights, int64_t strip) {
+  alignas(64) Fp8TileRow tile[kTile];
   const int64_t row = strip * kTile, rows = std::min(kTile, p.rows - row);
   for (int64_t column = 0; column < p.columns; column += kTile) {
-    const int64_t first = row * p.columns + column;
-    quantise(p, weights + first, rows, std::min(kTile, p.columns - column),
-             p.scales + strip * p.scale_stride + column / kTile, p.codes + first);
+    const int64_t first = row * p.columns + column, columns = std::min(kTile, p.columns - column);
+    widen(weights + first, p.columns, rows, columns, tile);
+    p.scales[strip * p.scale_stride + column / kTile] =
+        encode_block(tile, rows, columns, p.rule, p.codes + first, p.columns);
   }
 }
 

@@ -46,6 +46,31 @@ DSV3_INLINE void encode_tile(const float* x, int64_t size, const ScaleRule& rule
   encode_row(x, size, pair.inverse, codes);
 }
 
+constexpr int64_t kBytes = 16;
+using Bytes [[gnu::vector_size(16)]] = uint8_t;
+
+/// A 16×16 block of bytes at (r0, c0) transposed: four times, every row is interleaved with the one
+/// 8 further on. The rows of `to` are `stride` apart; only the first `columns` are written.
+DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kFp8Tile], int64_t columns, uint8_t* to,
+                                 int64_t stride) {
+  Bytes rows[kBytes], next[kBytes];
+  for (int64_t i = 0; i < kBytes; ++i) std::memcpy(&rows[i], from[i], kBytes);
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kBytes / 2; ++i) {
+      const Bytes a = rows[i], b = rows[i + kBytes / 2];
+      next[2 * i] =
+          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                                14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kBytes; ++i) rows[i] = next[i];
+  }
+  for (int64_t i = 0; i < columns; ++i) std::memcpy(to + i * stride, &rows[i], kBytes);
+}
+
 }  // namespace
 
 DSV3_CLONES void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule,
@@ -85,21 +110,26 @@ DSV3_CLONES void emit_columns(const Fp8TileRow* tile, const Fp8Columns& out, con
     }
   }
   const int64_t columns = std::min(kFp8Tile, width - column0);
-  float* scales = out.scales + row0 / kFp8Tile * out.scale_stride + column0;
+#pragma omp simd
   for (int64_t c = 0; c < kFp8Tile; ++c) {
     const auto scale = kernels::detail::tile_scale(amax[c], rule);
+    amax[c] = scale.scale;
     inverse[c] = scale.inverse;
-    if (c < columns) scales[c] = scale.scale;
   }
+  std::memcpy(out.scales + row0 / kFp8Tile * out.scale_stride + column0, amax,
+              static_cast<size_t>(columns) * sizeof(float));
   for (int64_t r = 0; r < kFp8Tile; ++r) {
 #pragma omp simd
     for (int64_t c = 0; c < kFp8Tile; ++c) {
       codes[r][c] = static_cast<uint8_t>(kernels::detail::e4m3_code(tile[r][c] * inverse[c]));
     }
   }
-  for (int64_t c = 0; c < columns; ++c) {
-    uint8_t* __restrict column = out.data + (column0 + c) * padded + row0;
-    for (int64_t r = 0; r < kFp8Tile; ++r) column[r] = codes[r][c];
+  uint8_t* const to = out.data + column0 * padded + row0;
+  for (int64_t c = 0; c < columns; c += kBytes) {
+    for (int64_t r = 0; r < kFp8Tile; r += kBytes) {
+      transpose_bytes(reinterpret_cast<const uint8_t(*)[kFp8Tile]>(&codes[r][c]),
+                      std::min(kBytes, columns - c), to + c * padded + r, padded);
+    }
   }
 }
 

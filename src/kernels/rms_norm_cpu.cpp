@@ -60,11 +60,12 @@ DSV3_INLINE void scale_row(const T* __restrict x, const T* __restrict weight, fl
 
 template <typename T>
 DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __restrict x,
-                              float inv_rms) {
+                              float inv_rms, const T* next) {
   const T* __restrict weight = static_cast<const T*>(p.weight);
   for (int64_t first = 0; first < p.hidden; first += detail::kStaged) {
     const int64_t size = std::min(detail::kStaged, p.hidden - first);
     alignas(64) float part[detail::kStaged];
+    detail::prefetch_bytes(next + first, size * static_cast<int64_t>(sizeof(T)));
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) {
       T rounded;
@@ -104,7 +105,7 @@ DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t en
       scale_row(x, static_cast<const T*>(p.second_weight), inv_rms, D, streamed, next,
                 static_cast<T*>(p.second_y) + t * D);
     }
-    if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms);
+    if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms, next);
   }
   detail::stream_fence();
 }
@@ -168,6 +169,7 @@ DSV3_INLINE void write_dx(const BackwardRow<T>& row, float inv_rms, float slope,
           const int64_t bytes = (last - first) * static_cast<int64_t>(sizeof(T));
           detail::prefetch_bytes(row.dy + size + first, bytes);
           detail::prefetch_bytes(row.x + size + first, bytes);
+          if constexpr (kSecond) detail::prefetch_bytes(row.second_dy + size + first, bytes);
           if constexpr (kSum) detail::prefetch_bytes(row.dsum + last, bytes);
         }
 #pragma omp simd

@@ -65,7 +65,7 @@ DSV3_INLINE void store(BFloat16* x, float v) {
   const uint32_t bits = std::bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
-  x->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  x->bits = static_cast<uint16_t>(v != v ? nan : rounded);
 }
 
 /// e^x to about 1 ulp of FP32 without a branch: 2^n · e^r with |r| ≤ ln2/2 and a polynomial of

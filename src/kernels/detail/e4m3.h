@@ -49,16 +49,16 @@ DSV3_E4M3_INLINE float bits_float(uint32_t x) {
 
 /// Nearest even, saturating (infinity too); NaN becomes 0x7f whatever its sign.
 DSV3_E4M3_INLINE uint32_t e4m3_code(float x) {
-  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t bits = float_bits(x), all = bits & 0x7fffffffu;
+  const uint32_t magnitude = all < 0x43e00000u ? all : 0x43e00000u;  // 448, the largest
   // From 2^-6 on: keep 3 bits of the mantissa, exponent 127 becomes 7.
   const uint32_t rounded = (magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
   const uint32_t normal = rounded - (120u << 3);
   // Below: multiples of 2^-9, which is what the last bit of 2^14 counts.
   const uint32_t tiny = float_bits(bits_float(magnitude) + 16384.0f) - 0x46800000u;
   uint32_t code = magnitude < 0x3c800000u ? tiny : normal;
-  code = magnitude >= 0x43e80000u ? 0x7eu : code;  // from 464 on, half way to the next step
   code |= (bits >> 24) & 0x80u;
-  return magnitude > 0x7f800000u ? 0x7fu : code;
+  return all > 0x7f800000u ? 0x7fu : code;
 }
 
 /// The number of a code; exact.
