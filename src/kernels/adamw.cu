@@ -22,6 +22,7 @@ using detail::kWarp;
 using detail::Moved;
 
 constexpr int kThreads = 256;
+constexpr int kWarpElements = kWarp * kVector;
 
 /// The block's sums into its part. Every thread of the block calls it.
 __device__ void store_moved(const Moved& moved, double* partial) {
@@ -39,21 +40,44 @@ __device__ void store_moved(const Moved& moved, double* partial) {
   partial[threadIdx.x] = sum;
 }
 
+/// The two quads of this thread among the warp's elements from `begin` on.
+template <bool kSplit>
+__device__ __forceinline__ detail::Quads quads_at(int64_t begin) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = begin + lane * (kSplit ? kVector / 2 : kVector);
+  return {{first, first + (kSplit ? kWarpElements / 2 : kVector / 2)}, {true, true}};
+}
+
+/// vector_size is a multiple of kWarpElements. Where numbers are rounded at random a thread reads
+/// its next elements before the long arithmetic of these.
 template <typename Types>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(AdamW p, AdamWFactors f, int64_t vector_size) {
   using G = typename Types::Gradient;
+  constexpr bool kSplit = Types::kSplit, kAhead = Types::kStochastic;
   const bool skip = p.skip != nullptr && *p.skip != 0;
   detail::take_corrections(p, f);
   const float gradient_scale = p.gradient_scale != nullptr ? *p.gradient_scale : 1.0f;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t num_threads = int64_t{gridDim.x} * kThreads;
-  const float zeros[kVector] = {};
+  const int64_t num_threads = int64_t{gridDim.x} * kThreads, step = num_threads * kVector;
+  int64_t i = (thread - threadIdx.x % kWarp) * kVector;
   Moved moved;
-  for (int64_t i = thread * kVector; i < vector_size; i += num_threads * kVector) {
-    float w[kVector];
-    if (!skip) detail::update8<Types>(p, f, gradient_scale, i, w, &moved);
-    if (p.zero_gradients) detail::store8(static_cast<G*>(p.gradients) + i, zeros);
+  detail::Loaded<Types> next;
+  if (kAhead && !skip && i < vector_size) {
+    detail::load_quads<Types, kSplit>(p, quads_at<kSplit>(i), next);
+  }
+  for (; i < vector_size; i += step) {
+    const detail::Quads q = quads_at<kSplit>(i);
+    if (!skip) {
+      if (!kAhead) detail::load_quads<Types, kSplit>(p, q, next);
+      const detail::Loaded<Types> x = next;
+      if (kAhead && i + step < vector_size) {
+        detail::load_quads<Types, kSplit>(p, quads_at<kSplit>(i + step), next);
+      }
+      float w[kVector];
+      detail::update_quads<Types, kSplit>(p, f, gradient_scale, q, x, w, &moved);
+    }
+    if (p.zero_gradients) detail::store_quads<kSplit>(static_cast<G*>(p.gradients), q, {});
   }
   for (int64_t i = vector_size + thread; i < p.size; i += num_threads) {
     if (!skip) detail::update1<Types>(p, f, gradient_scale, i, &moved);
@@ -62,23 +86,34 @@ __global__ void __launch_bounds__(kThreads)
   if (p.partials != nullptr) store_moved(moved, p.partials + 2 * int64_t{blockIdx.x});
 }
 
+/// As many blocks as fit at once where threads read ahead, else one for each step.
+template <typename Types>
+int64_t most_blocks() {
+  if constexpr (!Types::kStochastic) return int64_t{1} << 30;
+  int device = 0, multiprocessors = 1, blocks = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, adamw_kernel<Types>, kThreads, 0);
+  return int64_t{multiprocessors} * std::max(blocks, 1);
+}
+
 }  // namespace
 
 void adamw(const AdamW& p, Stream stream) {
   kernels::detail::check_adamw(p);
   if (p.size == 0) return;
-  const int64_t vector_size = detail::adamw_aligned(p) ? p.size / kVector * kVector : 0;
+  const int64_t vector_size = detail::adamw_aligned(p) ? p.size / kWarpElements * kWarpElements : 0;
   const int64_t steps = vector_size > 0 ? (p.size + kVector - 1) / kVector : p.size;
-  constexpr int64_t kMostBlocks = int64_t{1} << 30;
-  // With parts as many blocks as parts: 25 waves at the most, so that the last one weighs little.
-  const int64_t blocks = p.partials != nullptr
-                             ? adamw_partials(p.size)
-                             : std::min(kMostBlocks, (steps + kThreads - 1) / kThreads);
-  const auto grid = static_cast<unsigned>(blocks);
   const AdamWFactors factors = kernels::detail::adamw_factors(p);
   detail::dispatch_adamw(p, [&](auto types) {
-    adamw_kernel<decltype(types)>
-        <<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p, factors, vector_size);
+    using Types = decltype(types);
+    // With parts as many blocks as parts: 25 waves at the most, so that the last one weighs little.
+    const int64_t blocks = p.partials != nullptr
+                               ? adamw_partials(p.size)
+                               : std::min(most_blocks<Types>(), (steps + kThreads - 1) / kThreads);
+    adamw_kernel<Types>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, detail::cuda_stream(stream)>>>(p, factors,
+                                                                                      vector_size);
   });
   detail::check_launch("adamw");
 }

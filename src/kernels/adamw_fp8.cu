@@ -19,8 +19,8 @@ using detail::kWarp;
 
 constexpr int kThreads = 256;
 constexpr int kTile = 128;
-constexpr int kColumnThreads = kTile / kVector;         // 16 threads along a row
-constexpr int kRowsAtOnce = kThreads / kColumnThreads;  // 16
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kQuad = kTile / kWarp;  // elements of a lane in a row
 constexpr int kSharedBytes = kTile * kTile * static_cast<int>(sizeof(float));
 
 /// The part of the matrix that a block of threads holds.
@@ -42,29 +42,44 @@ __device__ float block_max(float x) {
 }
 
 /// Updates the tile and leaves its weights in `kept` [128, 128]; returns this thread's largest
-/// magnitude.
-template <typename Types, bool kVectors>
-__device__ float update_tile(const AdamWFp8& p, const AdamWFactors& f, float gradient_scale,
-                             const Tile& tile, float* kept) {
-  const int column = threadIdx.x % kColumnThreads * kVector;
+/// magnitude. Every thread of the block calls it.
+template <typename Types>
+__device__ float update_quads_of_tile(const AdamWFp8& p, const AdamWFactors& f,
+                                      float gradient_scale, const Tile& tile, float* kept) {
+  const int warp = threadIdx.x / kWarp, column = threadIdx.x % kWarp * kQuad;
   float top = 0.0f;
-#pragma unroll 2
-  for (int row = threadIdx.x / kColumnThreads; row < tile.rows; row += kRowsAtOnce) {
-    const int64_t i = (tile.row + row) * p.columns + tile.column + column;
-    float* const to = kept + row * kTile + column;
-    if constexpr (kVectors) {
-      if (column >= tile.columns) continue;
-      float w[kVector];
-      detail::update8<Types>(p.update, f, gradient_scale, i, w);
-      detail::store8(to, w);
+  for (int row = warp; row < tile.rows; row += 2 * kWarps) {
+    const int64_t first = (tile.row + row) * p.columns + tile.column + column;
+    const bool in = column < tile.columns;
+    const detail::Quads q{{first, first + kWarps * p.columns},
+                          {in, in && row + kWarps < tile.rows}};
+    detail::Loaded<Types> x = {};
+    float w[kVector];
+    detail::load_quads<Types, true>(p.update, q, x);
+    detail::update_quads<Types, true>(p.update, f, gradient_scale, q, x, w);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) top = fmaxf(top, fabsf(w[e]));
-    } else {
-      for (int e = 0; e < kVector && column + e < tile.columns; ++e) {
-        to[e] = detail::update1<Types>(p.update, f, gradient_scale, i + e);
-        top = fmaxf(top, fabsf(to[e]));
-      }
+    for (int k = 0; k < 2; ++k) {
+      if (!q.in[k]) continue;
+      const float4 part = make_float4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+      *reinterpret_cast<float4*>(kept + (row + k * kWarps) * kTile + column) = part;
+      top = fmaxf(fmaxf(top, fmaxf(fabsf(part.x), fabsf(part.y))),
+                  fmaxf(fabsf(part.z), fabsf(part.w)));
     }
+  }
+  return top;
+}
+
+/// The same an element at a time.
+template <typename Types>
+__device__ float update_elements_of_tile(const AdamWFp8& p, const AdamWFactors& f,
+                                         float gradient_scale, const Tile& tile, float* kept) {
+  float top = 0.0f;
+  for (int i = threadIdx.x; i < tile.rows * kTile; i += kThreads) {
+    const int row = i / kTile, column = i % kTile;
+    if (column >= tile.columns) continue;
+    const int64_t at = (tile.row + row) * p.columns + tile.column + column;
+    kept[i] = detail::update1<Types>(p.update, f, gradient_scale, at);
+    top = fmaxf(top, fabsf(kept[i]));
   }
   return top;
 }
@@ -77,25 +92,25 @@ __device__ __forceinline__ uint8_t code_of(float x) {
 #endif
 }
 
-/// Writes the codes of what update_tile left; each thread reads only what it wrote itself.
+/// Writes the codes of what was updated; the whole tile is there.
 template <bool kVectors>
 __device__ void write_codes(const AdamWFp8& p, const Tile& tile, const float* kept, float inverse) {
-  const int column = threadIdx.x % kColumnThreads * kVector;
-  for (int row = threadIdx.x / kColumnThreads; row < tile.rows; row += kRowsAtOnce) {
+  constexpr int kEach = kVectors ? kQuad : 1;
+  for (int i = threadIdx.x * kEach; i < tile.rows * kTile; i += kThreads * kEach) {
+    const int row = i / kTile, column = i % kTile;
+    if (column >= tile.columns) continue;
     uint8_t* const to = p.codes + (tile.row + row) * p.columns + tile.column + column;
-    const float* const from = kept + row * kTile + column;
     if constexpr (kVectors) {
-      if (column >= tile.columns) continue;
-      uint32_t words[2] = {};
+      const float4 w = *reinterpret_cast<const float4*>(kept + i);
+      const float v[kQuad] = {w.x, w.y, w.z, w.w};
+      uint32_t word = 0;
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        words[e / 4] |= uint32_t{code_of(__fmul_rn(from[e], inverse))} << (8 * (e % 4));
+      for (int e = 0; e < kQuad; ++e) {
+        word |= uint32_t{code_of(__fmul_rn(v[e], inverse))} << (8 * e);
       }
-      *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+      *reinterpret_cast<uint32_t*>(to) = word;
     } else {
-      for (int e = 0; e < kVector && column + e < tile.columns; ++e) {
-        to[e] = code_of(__fmul_rn(from[e], inverse));
-      }
+      *to = code_of(__fmul_rn(kept[i], inverse));
     }
   }
 }
@@ -123,7 +138,8 @@ __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFa
   if (p.update.skip == nullptr || *p.update.skip == 0) {
     const float gradient_scale =
         p.update.gradient_scale != nullptr ? *p.update.gradient_scale : 1.0f;
-    const float mine = update_tile<Types, kVectors>(p, f, gradient_scale, tile, kept);
+    const float mine = kVectors ? update_quads_of_tile<Types>(p, f, gradient_scale, tile, kept)
+                                : update_elements_of_tile<Types>(p, f, gradient_scale, tile, kept);
     const auto [scale, inverse] = kernels::detail::tile_scale(block_max(mine), p.rule);
     if (threadIdx.x == 0) p.scales[blockIdx.y * p.scale_stride + blockIdx.x] = scale;
     write_codes<kVectors>(p, tile, kept, inverse);

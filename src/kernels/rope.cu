@@ -20,7 +20,7 @@ namespace {
 
 using detail::kVector;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kRows = 4;  // of a thread, whose loads are in flight together
 
 /// A part of the heads in memory: element (t, h, d) at t · token + h · head + d.

@@ -2,9 +2,12 @@
 
 // AdamW of one or eight elements on the device, for flat ranges and for FP8 blocks.
 
+#include <math_constants.h>
+
 #include <type_traits>
 
 #include "kernels/detail/adamw.h"
+#include "kernels/detail/launch.cuh"
 #include "kernels/detail/ptx.cuh"
 #include "kernels/detail/vector.cuh"
 #include "kernels/detail/words.cuh"
@@ -32,30 +35,94 @@ __device__ __forceinline__ void take_corrections(const AdamW& p, AdamWFactors& f
 template <typename T, bool kStochastic>
 inline constexpr bool kRandom = kStochastic&& std::is_same_v<T, __nv_bfloat16>;
 
-/// Stores eight new numbers of elements i …, rounded to nearest or at random; `v` becomes what was
-/// stored.
-template <bool kStochastic, typename T>
-__device__ __forceinline__ void store8_rounded(const AdamW& p, T* x, float (&v)[kVector], int64_t i,
-                                               Rounded what) {
-  if constexpr (kRandom<T, kStochastic>) {
-    const auto random = kernels::detail::rounding_words(p, p.first_index + i, what);
-    uint32_t words[4];
+/// Where a thread's two quads of elements stand in a range, and whether they exist. Lanes 2k and
+/// 2k + 1 hold the halves of groups of eight, so that every access of a warp is contiguous; or,
+/// kSplit = false, a thread holds one whole group, 16 bytes of BF16.
+struct Quads {
+  int64_t at[2];
+  bool in[2];
+};
+
+/// kFirstOut: lines that leave the caches first. Random rounding, whose few threads wait for long
+/// arithmetic, gains a tenth by it; the others lose 2 %.
+template <bool kFirstOut, typename Word>
+__device__ __forceinline__ Word load_word(const Word* x) {
+  return kFirstOut ? __ldcs(x) : *x;
+}
+
+template <bool kSplit, bool kFirstOut, typename T>
+__device__ __forceinline__ void load_quads(const T* x, const Quads& q, Words8<T>& y) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t low =
-          kernels::detail::round_at_random(__float_as_uint(v[2 * j]), random.word[j] & 0xffffu);
-      const uint32_t high =
-          kernels::detail::round_at_random(__float_as_uint(v[2 * j + 1]), random.word[j] >> 16);
-      words[j] = low | high << 16;
-      v[2 * j] = __uint_as_float(low << 16);
-      v[2 * j + 1] = __uint_as_float(high << 16);
+    for (int k = 0; k < 2; ++k) {
+      if (q.in[k]) y.word[k] = load_word<kFirstOut>(reinterpret_cast<const uint4*>(x + q.at[k]));
     }
-    *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else {
-    store8(x, v);
+  } else if constexpr (kSplit) {
+    uint2 half[2] = {};
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) v[e] = to_float(from_float<T>(v[e]));
+    for (int k = 0; k < 2; ++k) {
+      if (q.in[k]) half[k] = load_word<kFirstOut>(reinterpret_cast<const uint2*>(x + q.at[k]));
+    }
+    y.word[0] = make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
+  } else {
+    y.word[0] = load_word<kFirstOut>(reinterpret_cast<const uint4*>(x + q.at[0]));
   }
+}
+
+template <bool kSplit, typename T>
+__device__ __forceinline__ void store_quads(T* x, const Quads& q, const Words8<T>& y) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (q.in[k]) *reinterpret_cast<uint4*>(x + q.at[k]) = y.word[k];
+    }
+  } else if constexpr (kSplit) {
+    const uint4 v = y.word[0];
+    if (q.in[0]) *reinterpret_cast<uint2*>(x + q.at[0]) = make_uint2(v.x, v.y);
+    if (q.in[1]) *reinterpret_cast<uint2*>(x + q.at[1]) = make_uint2(v.z, v.w);
+  } else {
+    *reinterpret_cast<uint4*>(x + q.at[0]) = y.word[0];
+  }
+}
+
+/// Random words of a thread's two quads, two each. With kSplit each of two neighbours draws for one
+/// of their two groups and gives the other its half: every lane of the warp calls this.
+template <bool kSplit>
+__device__ __forceinline__ kernels::detail::Philox4 quad_words(const AdamW& p, const Quads& q,
+                                                               Rounded what) {
+  const bool odd = kSplit && threadIdx.x % 2 != 0;
+  const auto r = kernels::detail::rounding_words(p, p.first_index + q.at[odd ? 1 : 0], what);
+  if constexpr (!kSplit) return r;
+  const uint32_t first = __shfl_xor_sync(kFullMask, odd ? r.word[0] : r.word[2], 1);
+  const uint32_t second = __shfl_xor_sync(kFullMask, odd ? r.word[1] : r.word[3], 1);
+  if (odd) return {{first, second, r.word[2], r.word[3]}};
+  return {{r.word[0], r.word[1], first, second}};
+}
+
+/// round_at_random of two numbers that arithmetic left, in one word. Note: its NaN is 0x7fffffff,
+/// which stays NaN when it is cut.
+__device__ __forceinline__ uint32_t round_pair(float low, float high, uint32_t random) {
+  uint32_t a = __float_as_uint(low), b = __float_as_uint(high);
+  if (fabsf(low) < CUDART_INF_F) a += random & 0xffffu;
+  if (fabsf(high) < CUDART_INF_F) b += random >> 16;
+  return __byte_perm(a, b, 0x7632);
+}
+
+/// Stores eight new numbers, rounded to nearest or at random; `v` becomes what was stored.
+template <bool kStochastic, bool kSplit, typename T>
+__device__ __forceinline__ void store_rounded(const AdamW& p, T* x, float (&v)[kVector],
+                                              const Quads& q, Rounded what) {
+  Words8<T> y;
+  if constexpr (kRandom<T, kStochastic>) {
+    const auto random = quad_words<kSplit>(p, q, what);
+    y.word[0] =
+        make_uint4(round_pair(v[0], v[1], random.word[0]), round_pair(v[2], v[3], random.word[1]),
+                   round_pair(v[4], v[5], random.word[2]), round_pair(v[6], v[7], random.word[3]));
+  } else {
+    pack(v, y);
+  }
+  unpack(y, v);
+  store_quads<kSplit>(x, q, y);
 }
 
 template <bool kStochastic, typename T>
@@ -74,15 +141,6 @@ __device__ __forceinline__ void store1_rounded(const AdamW& p, T* x, float& v, i
   }
 }
 
-template <bool kStochastic, typename E>
-__device__ __forceinline__ void ema8(const AdamW& p, const float (&w)[kVector], int64_t i) {
-  E* const ema = static_cast<E*>(p.ema) + i;
-  float mean[kVector];
-  load8(ema, mean);
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(1.0f - p.ema_decay, w[e] - mean[e], mean[e]);
-  store8_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
-}
 template <bool kStochastic, typename E>
 __device__ __forceinline__ void ema1(const AdamW& p, float w, int64_t i) {
   E* const ema = static_cast<E*>(p.ema) + i;
@@ -106,6 +164,9 @@ struct AdamWTypes {
   using Moment = M;
   using Kept = std::conditional_t<kHasMaster, float, W>;  // what the update starts from
   static constexpr bool kMaster = kHasMaster, kStochastic = kRoundsAtRandom;
+  // How a warp shares out what it reads (Quads): where FP32 stands among it, 16 bytes are 4
+  // numbers.
+  static constexpr bool kSplit = sizeof(G) + sizeof(M) + sizeof(Kept) > 6;
 };
 
 /// Where the weight that the update starts from stands.
@@ -115,34 +176,63 @@ __device__ __forceinline__ typename Types::Kept* kept_weights(const AdamW& p) {
   return static_cast<typename Types::Kept*>(p.weights);
 }
 
-/// Elements i … i + 7, 16-byte aligned; `w` becomes the new weights as they are kept. All four
-/// loads are asked for before the first is used. `moved` may be null.
+/// What a thread reads of its two quads.
 template <typename Types>
-__device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, float gradient_scale,
-                                        int64_t i, float (&w)[kVector], Moved* moved = nullptr) {
+struct Loaded {
+  Words8<typename Types::Gradient> g;
+  Words8<typename Types::Kept> w;
+  Words8<typename Types::Moment> m, v;
+  Words8<float> ema;  // or BF16 in the first word
+};
+
+/// Asks for all of it before the first is used.
+template <typename Types, bool kSplit>
+__device__ __forceinline__ void load_quads(const AdamW& p, const Quads& q, Loaded<Types>& x) {
   using M = typename Types::Moment;
-  auto* const kept = kept_weights<Types>(p) + i;
-  M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
-  M* const exp_avg_sq = static_cast<M*>(p.exp_avg_sq) + i;
-  Words8<typename Types::Gradient> g_words;
-  Words8<typename Types::Kept> w_words;
-  Words8<M> m_words, v_words;
-  g_words.load(static_cast<const typename Types::Gradient*>(p.gradients) + i);
-  m_words.load(exp_avg);
-  v_words.load(exp_avg_sq);
-  w_words.load(kept);
+  load_quads<kSplit, Types::kStochastic>(static_cast<const typename Types::Gradient*>(p.gradients),
+                                         q, x.g);
+  load_quads<kSplit, Types::kStochastic>(static_cast<const M*>(p.exp_avg), q, x.m);
+  load_quads<kSplit, Types::kStochastic>(static_cast<const M*>(p.exp_avg_sq), q, x.v);
+  load_quads<kSplit, Types::kStochastic>(kept_weights<Types>(p), q, x.w);
+  if (p.ema == nullptr) return;
+  if (p.ema_dtype == DType::kBF16) {
+    Words8<__nv_bfloat16> half;
+    load_quads<kSplit, Types::kStochastic>(static_cast<const __nv_bfloat16*>(p.ema), q, half);
+    x.ema.word[0] = half.word[0];
+  } else {
+    load_quads<kSplit, Types::kStochastic>(static_cast<const float*>(p.ema), q, x.ema);
+  }
+}
+
+template <bool kStochastic, bool kSplit, typename E>
+__device__ __forceinline__ void update_ema(const AdamW& p, const float (&w)[kVector],
+                                           const Words8<E>& words, const Quads& q) {
+  float mean[kVector];
+  unpack(words, mean);
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(1.0f - p.ema_decay, w[e] - mean[e], mean[e]);
+  store_rounded<kStochastic, kSplit>(p, static_cast<E*>(p.ema), mean, q, Rounded::kEma);
+}
+
+/// Updates what load_quads read; `w` becomes the new weights as they are kept. `moved` may be null.
+template <typename Types, bool kSplit>
+__device__ __forceinline__ void update_quads(const AdamW& p, const AdamWFactors& f,
+                                             float gradient_scale, const Quads& q,
+                                             const Loaded<Types>& x, float (&w)[kVector],
+                                             Moved* moved = nullptr) {
+  using M = typename Types::Moment;
+  constexpr bool kStochastic = Types::kStochastic;
   float g[kVector], m[kVector], v[kVector];
-  unpack(g_words, g);
-  unpack(m_words, m);
-  unpack(v_words, v);
-  unpack(w_words, w);
-  const int64_t decayed = p.decay_end - i;
+  unpack(x.g, g);
+  unpack(x.m, m);
+  unpack(x.v, v);
+  unpack(x.w, w);
   float update = 0.0f, weight = 0.0f;
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
-    const float before = w[e];
-    kernels::detail::adamw_element<FastMath>(f, e < decayed ? f.decay : 0.0f,
-                                             __fmul_rn(g[e], gradient_scale), w[e], m[e], v[e]);
+    const float before = w[e], decay = q.at[e / 4] + e % 4 < p.decay_end ? f.decay : 0.0f;
+    kernels::detail::adamw_element<FastMath>(f, decay, __fmul_rn(g[e], gradient_scale), w[e], m[e],
+                                             v[e]);
     update = fmaf(w[e] - before, w[e] - before, update);
     weight = fmaf(before, before, weight);
   }
@@ -150,17 +240,20 @@ __device__ __forceinline__ void update8(const AdamW& p, const AdamWFactors& f, f
     moved->update += update;
     moved->weight += weight;
   }
-  store8_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
-  store8_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
-  store8_rounded<Types::kStochastic>(p, kept, w, i, Rounded::kWeight);
+  store_rounded<kStochastic, kSplit>(p, static_cast<M*>(p.exp_avg), m, q, Rounded::kExpAvg);
+  store_rounded<kStochastic, kSplit>(p, static_cast<M*>(p.exp_avg_sq), v, q, Rounded::kExpAvgSq);
+  store_rounded<kStochastic, kSplit>(p, kept_weights<Types>(p), w, q, Rounded::kWeight);
   if constexpr (Types::kMaster) {
-    if (p.weights != nullptr) store8(static_cast<typename Types::Weight*>(p.weights) + i, w);
+    using W = typename Types::Weight;
+    Words8<W> rounded;
+    pack(w, rounded);
+    if (p.weights != nullptr) store_quads<kSplit>(static_cast<W*>(p.weights), q, rounded);
   }
   if (p.ema == nullptr) return;
   if (p.ema_dtype == DType::kBF16) {
-    ema8<Types::kStochastic, __nv_bfloat16>(p, w, i);
+    update_ema<kStochastic, kSplit>(p, w, Words8<__nv_bfloat16>{{x.ema.word[0]}}, q);
   } else {
-    ema8<Types::kStochastic, float>(p, w, i);
+    update_ema<kStochastic, kSplit>(p, w, x.ema, q);
   }
 }
 
