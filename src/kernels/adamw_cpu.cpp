@@ -6,6 +6,7 @@
 
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/lanes.h"
+#include "kernels/detail/streaming.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::kernels {
@@ -154,37 +155,38 @@ DSV3_CLONES void round_nearest(const float* from, BFloat16* to, int64_t size) {
   convert(from, to, size);
 }
 
-constexpr int64_t kGroups = kBlock / 8 + 1;  // of eight elements, that a block touches
+constexpr int64_t kGroups = kBlock / 8 + 8;  // of eight elements, that a block touches, and a few
 
-/// rounding_words of `groups` ≤ kGroups groups from `first_group` on, one after the other: the
-/// rounds of Philox (kernels/detail/philox.h) group by group, so that they are vector code.
+using Lane64 [[gnu::vector_size(64)]] = uint64_t;
+constexpr int64_t kAtOnce = 8;  // lanes of it
+
+/// rounding_words of `groups` groups (and of up to 7 more) from `first_group` on, one after the
+/// other: the rounds of Philox (kernels/detail/philox.h) for eight groups side by side, 32 bits in
+/// lanes of 64.
 DSV3_CLONES void philox_block(uint64_t key, uint64_t first_group, uint64_t counter_high,
                               int64_t groups, uint32_t* __restrict words) {
-  alignas(64) uint32_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint64_t counter = first_group + static_cast<uint64_t>(g);
-    c0[g] = static_cast<uint32_t>(counter);
-    c1[g] = static_cast<uint32_t>(counter >> 32);
-    c2[g] = static_cast<uint32_t>(counter_high);
-    c3[g] = static_cast<uint32_t>(counter_high >> 32);
-  }
-  auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint64_t a = uint64_t{0xD2511F53u} * c0[g], b = uint64_t{0xCD9E8D57u} * c2[g];
-      c0[g] = static_cast<uint32_t>(b >> 32) ^ c1[g] ^ k0;
-      c1[g] = static_cast<uint32_t>(b);
-      c2[g] = static_cast<uint32_t>(a >> 32) ^ c3[g] ^ k1;
-      c3[g] = static_cast<uint32_t>(a);
+  constexpr uint64_t kLow = 0xffffffffu;
+  for (int64_t g = 0; g < groups; g += kAtOnce) {
+    const Lane64 counter =
+        Lane64{0, 1, 2, 3, 4, 5, 6, 7} + (first_group + static_cast<uint64_t>(g));
+    Lane64 c0 = counter & kLow, c1 = counter >> 32;
+    Lane64 c2 = Lane64{} + (counter_high & kLow), c3 = Lane64{} + (counter_high >> 32);
+    uint64_t k0 = key & kLow, k1 = key >> 32;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const Lane64 a = c0 * uint64_t{0xD2511F53u}, b = c2 * uint64_t{0xCD9E8D57u};
+      c0 = (b >> 32) ^ c1 ^ k0;
+      c1 = b & kLow;
+      c2 = (a >> 32) ^ c3 ^ k1;
+      c3 = a & kLow;
+      k0 = (k0 + 0x9E3779B9u) & kLow;
+      k1 = (k1 + 0xBB67AE85u) & kLow;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    words[4 * g] = c0[g];
-    words[4 * g + 1] = c1[g];
-    words[4 * g + 2] = c2[g];
-    words[4 * g + 3] = c3[g];
+    const Lane64 low = c0 | (c1 << 32), high = c2 | (c3 << 32);
+    const Lane64 groups03 = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
+    const Lane64 groups47 = __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+    std::memcpy(words + 4 * g, &groups03, sizeof(Lane64));
+    std::memcpy(words + 4 * g + 16, &groups47, sizeof(Lane64));
   }
 }
 
@@ -194,9 +196,8 @@ DSV3_CLONES void round_with(const float* __restrict from, const uint32_t* words,
   // Element e of a group takes half e of its words: in order, as a little-endian machine holds
   // them (what a big-endian one would need, no machine of ours is).
   static_assert(std::endian::native == std::endian::little);
-  uint16_t random[kBlock];
-  std::memcpy(random, reinterpret_cast<const char*>(words) + 2 * offset,
-              static_cast<size_t>(2 * size));
+  using Short [[gnu::may_alias]] = uint16_t;
+  const Short* const random = reinterpret_cast<const Short*>(words) + offset;
   for (int64_t i = 0; i < size; ++i) {
     to[i].bits = static_cast<uint16_t>(
         kernels::detail::round_at_random(std::bit_cast<uint32_t>(from[i]), random[i]));
@@ -208,6 +209,7 @@ void round_random(const AdamW& p, Rounded what, int64_t begin, const float* from
                   int64_t size) {
   alignas(64) uint32_t words[4 * kGroups];
   const int64_t index = p.first_index + begin, offset = index % 8;
+  prefetch_bytes(to + size, 2 * size);  // the next block's, while the random words are made
   philox_block(p.seed, static_cast<uint64_t>(index / 8), kernels::detail::rounding_counter(p, what),
                (offset + size + 7) / 8, words);
   round_with(from, words, offset, to, size);
@@ -295,6 +297,8 @@ class Range {
     const auto* const kept = static_cast<const float*>(wide.weights);
     if (moved != nullptr) std::copy_n(kept, size, before);
     wide_body_(factors_, decay, scale_, wide, size);
+    const int64_t gradient_bytes = size * size_of(p_.gradient_dtype);
+    prefetch_bytes(static_cast<const char*>(given.gradients) + gradient_bytes, gradient_bytes);
     if (moved != nullptr) add_moved(before, kept, size, moved);
     if (!random_moments_ && p_.moment_dtype == DType::kBF16) {
       round_nearest(copies[1], static_cast<BFloat16*>(given.exp_avg), size);
