@@ -23,8 +23,7 @@
 
 #include "kernels/detail/cross_entropy.cuh"
 #include "kernels/detail/cross_entropy_plan.h"
-#include "kernels/detail/softmax.cuh"
-#include "kernels/detail/vector.cuh"
+#include "kernels/detail/logits.cuh"
 
 namespace dsv3::kernels::cuda {
 namespace {
@@ -50,63 +49,7 @@ __device__ __forceinline__ void wait_received(uint64_t* barrier, uint32_t parity
 
 /// Logits in 16 bytes.
 template <typename T>
-inline constexpr int kPerWord = 16 / static_cast<int>(sizeof(T));
-
-__device__ __forceinline__ void unpack(uint4 w, float (&v)[4]) {
-  v[0] = __uint_as_float(w.x), v[1] = __uint_as_float(w.y);
-  v[2] = __uint_as_float(w.z), v[3] = __uint_as_float(w.w);
-}
-__device__ __forceinline__ void unpack(uint4 w, float (&v)[8]) {
-  const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = __uint_as_float(words[i] << 16);
-    v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-__device__ __forceinline__ uint4 pack(const float (&v)[4]) {
-  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                    __float_as_uint(v[3]));
-}
-__device__ __forceinline__ uint4 pack(const float (&v)[8]) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <typename T>
-__device__ __forceinline__ float largest_of(uint4 w) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t m = ptx::max_bf16x2(ptx::max_bf16x2(w.x, w.y), ptx::max_bf16x2(w.z, w.w));
-    return fmaxf(__uint_as_float(m << 16), __uint_as_float(m & 0xffff0000u));
-  } else {
-    return fmaxf(fmaxf(__uint_as_float(w.x), __uint_as_float(w.y)),
-                 fmaxf(__uint_as_float(w.z), __uint_as_float(w.w)));
-  }
-}
-
-/// Floats in the order of integers, and back: the warp's largest in one instruction.
-__device__ __forceinline__ int ordered(float x) {
-  const int bits = __float_as_int(x + 0.0f);  // -0 to +0
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-__device__ __forceinline__ float warp_largest(float x) {
-  const int most = __reduce_max_sync(detail::kFullMask, ordered(x));
-  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
-}
-
-/// Joins the softmaxes of the warp's lanes; every lane gets the result.
-__device__ Softmax join_lanes(const Softmax& mine) {
-  Softmax s;
-  s.largest = warp_largest(mine.largest);
-  s.argmax = __reduce_min_sync(detail::kFullMask, mine.largest == s.largest ? mine.argmax : ~0u);
-  s.sum = detail::warp_sum(mine.sum_under(s.largest));
-  return s;
-}
+inline constexpr int kPerWord = detail::kPerWord<T, uint4>;
 
 /// What a lane has seen of a row.
 struct Scan {
@@ -128,7 +71,7 @@ struct Scan {
     for (int i = 0; i < kWords; ++i) {
       w[i] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
       if (lane + i * kWarp < words) w[i] = chunk[lane + i * kWarp];
-      top = fmaxf(top, largest_of<T>(w[i]));
+      top = fmaxf(top, detail::largest_of<T>(w[i]));
     }
     if (top > largest) {
       const float before = power;
@@ -142,7 +85,7 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       float v[kPer];
-      unpack(w[i], v);
+      detail::unpack<T>(w[i], v);
 #pragma unroll
       for (int e = 0; e < kPer; ++e) parts[e % 2] += detail::scaled_exp(v[e], power);
     }
@@ -159,7 +102,7 @@ struct Scan {
     for (int i = kWords - 1; i >= 0; --i) {
       if (lane + i * kWarp >= words) continue;
       float v[kPer];
-      unpack(chunk[lane + i * kWarp], v);
+      detail::unpack<T>(chunk[lane + i * kWarp], v);
 #pragma unroll
       for (int e = kPer - 1; e >= 0; --e) {
         place = v[e] == largest ? (lane + i * kWarp) * kPer + e : place;
@@ -274,7 +217,7 @@ __device__ Softmax receive(const Block& block, int row) {
     s.merge({__uint_as_float(m.x), __uint_as_float(m.y), m.z});
   }
   __syncwarp();
-  return join_lanes(s);
+  return detail::join_lanes(s);
 }
 
 /// What a warp knows of the row whose gradient it writes.
@@ -293,14 +236,14 @@ template <typename T>
 __device__ Softmax close_scan(const Chunks<T>& chunks, const Scan& scan, int64_t begin) {
   constexpr int kPerChunk = Plan::kChunkBytes / int{sizeof(T)};
   Softmax s{scan.largest, scan.sum, ~0u};
-  const float top = warp_largest(scan.largest);
+  const float top = detail::warp_largest(scan.largest + 0.0f);
   if (scan.largest == top && top != -INFINITY) {
     const int place = scan.place<T>(chunks.at(scan.best_stage), chunks.words(scan.best));
     const int chunk = scan.best * kWarps + static_cast<int>(threadIdx.x / kWarp);
     s.argmax = static_cast<unsigned>(begin + int64_t{chunk} * kPerChunk + place);
   }
   __syncwarp();
-  return join_lanes(s);
+  return detail::join_lanes(s);
 }
 
 /// Begins the gradient of the cluster's row `row`, whose label is `label`.
@@ -343,10 +286,12 @@ __device__ __forceinline__ void write_gradient(const Block& block, const Target&
   for (int i = 0; i < kWords; ++i) {
     if (lane + i * kWarp >= words) continue;
     float v[kPer];
-    unpack(chunk[lane + i * kWarp], v);
+    detail::unpack<T>(chunk[lane + i * kWarp], v);
 #pragma unroll
     for (int e = 0; e < kPer; ++e) v[e] = t.factor * detail::scaled_exp(v[e], t.power);
-    chunk[lane + i * kWarp] = t.valid ? pack(v) : make_uint4(0, 0, 0, 0);
+    uint4 word;
+    detail::pack<T>(v, word);
+    chunk[lane + i * kWarp] = t.valid ? word : make_uint4(0, 0, 0, 0);
   }
   if (has_label) {
     *at = detail::from_float<T>(t.factor * detail::scaled_exp(logit, t.power) - block.scale);
