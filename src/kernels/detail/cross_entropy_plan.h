@@ -14,7 +14,7 @@ struct CrossEntropyPlan {
 
   static constexpr int kWarps = 16, kChunkBytes = 1024;
   /// Chunks of the next row that a warp reads before it needs the other warps' part of a row.
-  static constexpr int kLag = 2;
+  static constexpr int kLag = 1;
   /// A warp holds a row, the lag, a chunk that is stored, and two at least that are loaded.
   static constexpr int most_chunks(int stages) { return stages - kLag - 3; }
   static constexpr int kSlots = 2;  // rows whose messages are on their way or being read
