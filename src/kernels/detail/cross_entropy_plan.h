@@ -28,7 +28,7 @@ struct CrossEntropyPlan {
 };
 
 /// A pure function of the row. Rows under 48 KB have no plan: a few hundred of them stand in the
-/// second cache, which serves the second read, and a warp would have fewer chunks than the lag.
+/// second cache, which serves the second read.
 inline CrossEntropyPlan cross_entropy_plan(int64_t vocab, int64_t element_size) {
   using Plan = CrossEntropyPlan;
   constexpr int64_t kWord = 16;
