@@ -31,6 +31,7 @@ struct RmsNormForward {
   void* sum;                            // [T, D] contiguous, given exactly when residual is
   void* y;                              // [T, D] contiguous; may be null with `quantized`
   float* inv_rms;                       // [T], saved for backward; may be null
+  bool inv_rms_given = false;           // inv_rms is what an earlier call made, and is only read
   const void* second_weight = nullptr;  // [D], may be null
   void* second_y = nullptr;             // [T, D] contiguous, given exactly when second_weight is
   ScaleRule rule = {};                  // of `quantized`

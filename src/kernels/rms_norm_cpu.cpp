@@ -80,6 +80,11 @@ DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __res
 }
 
 template <typename T>
+DSV3_INLINE float inverse_rms(const T* x, int64_t size, float eps) {
+  return 1.0f / std::sqrt(detail::dot_rows(x, x, size) / static_cast<float>(size) + eps);
+}
+
+template <typename T>
 DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t D = p.hidden;
   alignas(64) T kept[kKeptRow];
@@ -94,9 +99,8 @@ DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t en
       if (to != sum) detail::stream_bytes(sum, to, D * static_cast<int64_t>(sizeof(T)));
       x = to;
     }
-    const float squares = detail::dot_rows(x, x, D);
-    const float inv_rms = 1.0f / std::sqrt(squares / static_cast<float>(D) + p.eps);
-    if (p.inv_rms != nullptr) p.inv_rms[t] = inv_rms;
+    const float inv_rms = p.inv_rms_given ? p.inv_rms[t] : inverse_rms(x, D, p.eps);
+    if (!p.inv_rms_given && p.inv_rms != nullptr) p.inv_rms[t] = inv_rms;
     if (p.y != nullptr) {
       scale_row(x, static_cast<const T*>(p.weight), inv_rms, D, streamed, next,
                 static_cast<T*>(p.y) + t * D);

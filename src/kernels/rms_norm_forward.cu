@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(kGroupBlock<kGroup>) forward_kernel(RmsNormFor
     for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
   }
   squares = detail::group_sum<kGroup>(squares, shared);
-  const float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
-  if (active && lane == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
+  float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+  if (active && p.inv_rms_given) inv_rms = p.inv_rms[row];
+  if (active && lane == 0 && p.inv_rms != nullptr && !p.inv_rms_given) p.inv_rms[row] = inv_rms;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int64_t c = lane + i * kGroup;
@@ -155,8 +156,9 @@ __global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormF
     squares = fmaf(v, v, squares);
   }
   squares = detail::group_sum<kScalarThreads>(squares, shared);
-  const float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
-  if (threadIdx.x == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
+  float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+  if (p.inv_rms_given) inv_rms = p.inv_rms[row];
+  if (threadIdx.x == 0 && p.inv_rms != nullptr && !p.inv_rms_given) p.inv_rms[row] = inv_rms;
   const auto write = [&](const void* weight, void* y) {
     if (y == nullptr) return;
     for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {

@@ -11,9 +11,12 @@
 namespace dsv3::ops {
 namespace {
 
-Remake make_remake(const at::Tensor& x, const Weight& weight, double eps) {
-  return [x = x.detach(), weight = weight.value.detach(), eps] {
-    if (has_kernel(x)) return run_rms_norm({x, {}, weight, {}, eps}).y;
+/// `inv_rms` is the first forward's: another body (x and the residual may have been unaligned, the
+/// sum is not) adds a row's squares in another order, but y has the same bits.
+Remake make_remake(const at::Tensor& x, const Weight& weight, double eps,
+                   const at::Tensor& inv_rms = {}) {
+  return [x = x.detach(), weight = weight.value.detach(), eps, inv_rms] {
+    if (has_kernel(x)) return run_rms_norm({x, {}, weight, {}, eps, inv_rms}).y;
     const NoRecord guard;
     return reference::rms_norm(x, weight, eps);
   };
@@ -36,7 +39,7 @@ Remakable rms_norm(const at::Tensor& input, const Weight& weight, double eps) {
              return {run_rms_norm_backward({grads[0], {}, {}}, x, inv_rms, weight), at::Tensor()};
            });
   }
-  return {result.y, make_remake(x, weight, eps)};
+  return {result.y, make_remake(x, weight, eps, result.inv_rms)};
 }
 
 std::tuple<at::Tensor, Remakable> add_rms_norm(const at::Tensor& input, const at::Tensor& residual,
@@ -63,7 +66,7 @@ std::tuple<at::Tensor, Remakable> add_rms_norm(const at::Tensor& input, const at
           return {dx, dx, at::Tensor()};
         });
   }
-  return {result.sum, {result.y, make_remake(saved, weight, eps)}};
+  return {result.sum, {result.y, make_remake(saved, weight, eps, result.inv_rms)}};
 }
 
 std::pair<Remakable, Remakable> rms_norm_pair(const at::Tensor& input, const Weight& first,
@@ -71,11 +74,9 @@ std::pair<Remakable, Remakable> rms_norm_pair(const at::Tensor& input, const Wei
   check_rms_norm("rms_norm_pair", input, first.value);
   check_rms_norm("rms_norm_pair", input, second.value);
   const at::Tensor x = rows_contiguous(input);
-  const Remake remake_first = make_remake(x, first, eps),
-               remake_second = make_remake(x, second, eps);
   if (!has_kernel(x)) {
-    return {{reference::rms_norm(x, bucket_leaf(first), eps), remake_first},
-            {reference::rms_norm(x, bucket_leaf(second), eps), remake_second}};
+    return {{reference::rms_norm(x, bucket_leaf(first), eps), make_remake(x, first, eps)},
+            {reference::rms_norm(x, bucket_leaf(second), eps), make_remake(x, second, eps)}};
   }
   const Normalised result = run_rms_norm({x, {}, first.value, second.value, eps});
   if (recording({x, first.value, second.value})) {
@@ -91,7 +92,8 @@ std::pair<Remakable, Remakable> rms_norm_pair(const at::Tensor& input, const Wei
           return {run_rms_norm_backward(both, x, inv_rms, first, &second), {}, {}};
         });
   }
-  return {{result.y, remake_first}, {result.second, remake_second}};
+  return {{result.y, make_remake(x, first, eps, result.inv_rms)},
+          {result.second, make_remake(x, second, eps, result.inv_rms)}};
 }
 
 namespace reference {

@@ -36,7 +36,8 @@ Normalised run_rms_norm(const NormInputs& inputs, const kernels::ScaleRule& rule
   if (keep_y) result.y = at::empty({T, D}, x.options());
   if (inputs.second_weight.defined()) result.second = at::empty({T, D}, x.options());
   if (inputs.residual.defined()) result.sum = at::empty({T, D}, x.options());
-  result.inv_rms = at::empty({T}, x.options().dtype(at::kFloat));
+  const bool given = inputs.inv_rms.defined();
+  result.inv_rms = given ? inputs.inv_rms : at::empty({T}, x.options().dtype(at::kFloat));
   kernels::rms_norm_forward({.num_tokens = T,
                              .hidden = D,
                              .x_stride = x.stride(0),
@@ -48,6 +49,7 @@ Normalised run_rms_norm(const NormInputs& inputs, const kernels::ScaleRule& rule
                              .sum = pointer_out(result.sum),
                              .y = pointer_out(result.y),
                              .inv_rms = result.inv_rms.mutable_data_ptr<float>(),
+                             .inv_rms_given = given,
                              .second_weight = pointer(inputs.second_weight),
                              .second_y = pointer_out(result.second),
                              .rule = rule,

@@ -16,6 +16,7 @@ void check_rms_norm(const char* op, const at::Tensor& x, const at::Tensor& weigh
 struct NormInputs {
   at::Tensor x, residual, weight, second_weight;  // residual, second_weight may be undefined
   double eps;
+  at::Tensor inv_rms = {};  // may be undefined; an earlier forward's, whose bits y then has again
 };
 
 /// What a forward makes; `sum` only with a residual, `second` only with its weight.
