@@ -1,165 +1,166 @@
 // RMSNorm's backward on the device (forward: rms_norm_forward.cu): the grid is as many blocks as
-// partial sums of dweight are kept; a group of threads walks over rows, 16 elements a thread, all
-// of a row's loads in flight before the first use, and keeps its columns' share of dweight in
+// partial sums of dweight are kept; whole warps walk over rows, 16 elements a thread, whose next
+// rows are on their way meanwhile (row_ring.cuh), and keep their columns' share of dweight in
 // registers. Blocks write their shares to scratch, a second kernel adds them in the order of the
 // blocks: no atomics, the same bits on every run. 6·T·D bytes in BF16 (8 with dsum, 8 with a second
 // norm of the same input).
 //
-// Widths that are not multiples of 8, unaligned pointers and D > 16384 take a scalar path.
+// Widths that are not multiples of 8, unaligned pointers and rows that shared memory cannot hold
+// take a scalar path.
 
-#include "kernels/detail/group.cuh"
-#include "kernels/detail/packed.cuh"
+#include "kernels/detail/row_groups.cuh"
+#include "kernels/detail/row_ring.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {
 namespace {
 
-using detail::kGroupBlock;
 using detail::kVector;
 using detail::kWarp;
 using detail::Packed;
 
-constexpr int kBackwardVectors = 2;
+constexpr int kVectors = 2;  // of a row, a thread
 constexpr int kScalarThreads = 256;
-/// Threads per multiprocessor that backward's registers must leave room for.
-constexpr int kResident = 1024;
+constexpr int kSumThreads = 256, kSumColumns = 8;  // of the sum of the partial sums
 /// Of the largest device: the grid fills it once, so that no second wave runs half empty.
 constexpr int64_t kMultiprocessors = 132;
 
-/// The groups' shares of dweight, added in the order of the groups, into this block's row of
-/// `partials`.
-template <int kGroup>
-__device__ __forceinline__ void store_partial(float* partials, int64_t hidden,
-                                              const float (&dw)[kBackwardVectors][kVector]) {
-  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
-  constexpr int kWidth = kGroup * kBackwardVectors * kVector;
+/// Blocks of a multiprocessor: few, with deep rings, keep the memory's accesses in longer runs than
+/// many do.
+template <typename Rows>
+inline constexpr int kBlocks = Rows::kThreads <= 256 ? 2 : 1;
+
+/// The rows' shares of dweight, added in the order of the rows, to this block's row of `partials`.
+/// `shares` [threads · kVectors · 8] is free to use.
+template <typename Rows>
+__device__ __forceinline__ void store_partial(float* partials, int64_t hidden, float* shares,
+                                              const float (&dw)[kVectors][kVector]) {
+  constexpr int kGroup = Rows::kGroup;
   const int lane = threadIdx.x % kGroup;
-  const int64_t vectors = hidden / kVector;
   float* partial = partials + int64_t{blockIdx.x} * hidden;
-  if constexpr (kRows == 1) {
+  if constexpr (Rows::kRows == 1) {
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = lane + i * kGroup;
-      if (c < vectors) detail::store8(partial + c * kVector, dw[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t d = int64_t{lane + i * kGroup} * kVector;
+      if (d < hidden) detail::store8(partial + d, dw[i]);
     }
-  } else {
-    __shared__ float shares[kRows][kWidth];
-    __syncthreads();  // an earlier call may still read
+    return;
+  }
+  constexpr int kWidth = kGroup * kVectors * kVector;
+  __syncthreads();  // all threads are through with the ring, or with an earlier call
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      detail::store8(&shares[threadIdx.x / kGroup][(lane + i * kGroup) * kVector], dw[i]);
-    }
-    __syncthreads();
-    for (int64_t d = threadIdx.x; d < hidden; d += kGroupBlock<kGroup>) {
-      float sum = 0.0f;
+  for (int i = 0; i < kVectors; ++i) {
+    detail::store8(shares + threadIdx.x / kGroup * kWidth + (lane + i * kGroup) * kVector, dw[i]);
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < hidden; d += Rows::kThreads) {
+    float sum = 0.0f;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sum += shares[r][d];
-      partial[d] = sum;
-    }
+    for (int r = 0; r < Rows::kRows; ++r) sum += shares[r * kWidth + d];
+    partial[d] = sum;
   }
 }
-
-/// A row's vectors of a thread; zeros where none exist.
-template <typename T>
-struct RowPart {
-  Packed<T> part[kBackwardVectors];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) part[i].clear();
-  }
-  __device__ __forceinline__ void forget() {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) part[i].forget();
-  }
-  template <int kGroup>
-  __device__ __forceinline__ void load(const void* row, int64_t vectors, bool once) {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = threadIdx.x % kGroup + i * kGroup;
-      if (c >= vectors) continue;
-      const T* from = static_cast<const T*>(row) + c * kVector;
-      once ? part[i].load_once(from) : part[i].load(from);
-    }
-  }
-  __device__ __forceinline__ float at(int i, int e) const {
-    return part[i].at(e);
-  }
-};
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int64_t stride) {
   return static_cast<const T*>(matrix) + row * stride;
 }
 
-/// Blocks of a multiprocessor: a second norm and FP32 hold twice the registers.
-template <typename T, int kGroup, bool kSecond>
-inline constexpr int kBackwardBlocks = std::max(1,
-                                                kResident / kGroupBlock<kGroup> /
-                                                    (kSecond || std::is_same_v<T, float> ? 2 : 1));
-
-template <typename T, int kGroup, bool kSecond>
-__global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup, kSecond>)
-    backward_kernel(RmsNormBackward p, int64_t partials) {
-  __shared__ float shared[2][kGroupBlock<kGroup> / kWarp];
-  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
-  const int64_t vectors = p.hidden / kVector;
-  float dw[kBackwardVectors][kVector] = {}, dw2[kSecond ? kBackwardVectors : 1][kVector] = {};
-  int turn = 0;
-  // Whole blocks go round together: group_sum is a barrier.
-  for (int64_t first = int64_t{blockIdx.x} * kRows; first < p.num_tokens;
-       first += int64_t{gridDim.x} * kRows, turn ^= 1) {
-    const int64_t row = first + threadIdx.x / kGroup;
-    const bool active = row < p.num_tokens;
-    const int64_t mine = active ? vectors : 0;
-    RowPart<T> x, g, g2, sum, w, w2;
-    x.clear(), g.clear(), sum.clear(), w.clear();
-    x.template load<kGroup>(row_of<T>(p.x, row, p.x_stride), mine, true);
-    g.template load<kGroup>(row_of<T>(p.dy, row, p.hidden), mine, true);
-    w.template load<kGroup>(p.weight, vectors, false);
-    if constexpr (kSecond) {
-      g2.clear(), w2.clear();
-      g2.template load<kGroup>(row_of<T>(p.second_dy, row, p.hidden), mine, true);
-      w2.template load<kGroup>(p.second_weight, vectors, false);
-    }
-    if (p.dsum != nullptr) {
-      sum.template load<kGroup>(row_of<T>(p.dsum, row, p.hidden), mine, true);
-    }
-    const float inv_rms = active ? p.inv_rms[row] : 0.0f;
-    const auto weighted = [&](int i, int e) {
-      const float gw = g.at(i, e) * w.at(i, e);
-      return kSecond ? fmaf(g2.at(i, e), w2.at(i, e), gw) : gw;
-    };
-    float dot = 0.0f;
+template <typename T, typename Rows, bool kSecond>
+__global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows>)
+    backward_kernel(RmsNormBackward p, int64_t partials, int stages) {
+  extern __shared__ uint4 memory[];
+  __shared__ float shared[2][Rows::kThreads / kWarp];
+  constexpr int kX = 0, kDy = 1, kSecondDy = 2, kDsum = kSecond ? 3 : 2;  // matrices in the ring
+  constexpr int kGroup = Rows::kGroup;
+  const int lane = threadIdx.x % kGroup;
+  const int vectors = static_cast<int>(p.hidden / kVector);
+  const int64_t step = int64_t{gridDim.x} * Rows::kRows;
+  const int64_t begin = int64_t{blockIdx.x} * Rows::kRows + threadIdx.x / kGroup;
+  const bool has_dsum = p.dsum != nullptr;
+  detail::RowRing<T, kVectors, Rows::kThreads> ring(memory, kDsum + has_dsum, stages);
+  const auto ask = [&](int64_t row) {
+    if (row < p.num_tokens) {
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const float normalised = x.at(i, e) * inv_rms;
-        dw[i][e] = fmaf(g.at(i, e), normalised, dw[i][e]);
-        if constexpr (kSecond) dw2[i][e] = fmaf(g2.at(i, e), normalised, dw2[i][e]);
-        dot = fmaf(weighted(i, e), x.at(i, e), dot);
+      for (int i = 0; i < kVectors; ++i) {
+        const int c = lane + i * kGroup;
+        if (c >= vectors) continue;
+        ring.ask(kX, i, row_of<T>(p.x, row, p.x_stride) + c * kVector);
+        ring.ask(kDy, i, row_of<T>(p.dy, row, p.hidden) + c * kVector);
+        if (kSecond) ring.ask(kSecondDy, i, row_of<T>(p.second_dy, row, p.hidden) + c * kVector);
+        if (has_dsum) ring.ask(kDsum, i, row_of<T>(p.dsum, row, p.hidden) + c * kVector);
       }
     }
-    dot = detail::group_sum<kGroup>(dot, shared[turn]);
-    const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
-    x.forget(), g.forget(), w.forget();
+    ring.next();
+  };
+  for (int s = 0; s < stages; ++s) ask(begin + s * step);
+  Packed<T> weight[kVectors], second_weight[kSecond ? kVectors : 1];
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = threadIdx.x % kGroup + i * kGroup;
+  for (int i = 0; i < kVectors; ++i) {
+    const int c = lane + i * kGroup;
+    if (c >= vectors) continue;
+    weight[i].load(static_cast<const T*>(p.weight) + c * kVector);
+    if constexpr (kSecond) {
+      second_weight[i].load(static_cast<const T*>(p.second_weight) + c * kVector);
+    }
+  }
+  float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
+  int turn = 0;
+  const auto inverse = [&](int64_t row) { return row < p.num_tokens ? p.inv_rms[row] : 0.0f; };
+  float next_inverse = inverse(begin);
+  // Whole blocks go round together: row_sum is a barrier.
+  for (int64_t row = begin; row - threadIdx.x / kGroup < p.num_tokens; row += step, turn ^= 1) {
+    const int mine = row < p.num_tokens ? vectors : 0;
+    const float inv_rms = next_inverse;
+    next_inverse = inverse(row + step);
+    ring.wait();
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int c = lane + i * kGroup;
       if (c >= mine) continue;
+      Packed<T> x, g, g2;
+      ring.read(kX, i, x), ring.read(kDy, i, g);
+      if constexpr (kSecond) ring.read(kSecondDy, i, g2);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const float gx = g.at(e) * x.at(e);
+        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
+        dot = fmaf(gx, weight[i].at(e), dot);
+        if constexpr (kSecond) {
+          const float g2x = g2.at(e) * x.at(e);
+          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
+          dot = fmaf(g2x, second_weight[i].at(e), dot);
+        }
+      }
+    }
+    dot = detail::row_sum<Rows>(dot, shared[turn]);
+    const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int c = lane + i * kGroup;
+      if (c >= mine) continue;
+      Packed<T> x, g, g2, sum;
+      ring.read(kX, i, x), ring.read(kDy, i, g);
+      if constexpr (kSecond) ring.read(kSecondDy, i, g2);
+      sum.clear();
+      if (has_dsum) ring.read(kDsum, i, sum);
       float out[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        out[e] = sum.at(i, e) + (weighted(i, e) * inv_rms - x.at(i, e) * slope);
+        float gw = g.at(e) * weight[i].at(e);
+        if constexpr (kSecond) gw = fmaf(g2.at(e), second_weight[i].at(e), gw);
+        out[e] = sum.at(e) + (gw * inv_rms - x.at(e) * slope);
       }
       detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
     }
+    ask(row + stages * step);
   }
-  if (p.dweight != nullptr) store_partial<kGroup>(p.scratch, p.hidden, dw);
+  float* shares = reinterpret_cast<float*>(memory);
+  if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);
   if constexpr (kSecond) {
     if (p.second_dweight != nullptr) {
-      store_partial<kGroup>(p.scratch + partials * p.hidden, p.hidden, dw2);
+      store_partial<Rows>(p.scratch + partials * p.hidden, p.hidden, shares, dw2);
     }
   }
 }
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kScalarThreads) backward_scalar_kernel(RmsNorm
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     dot += weighted(d) * detail::to_float(x[d]);
   }
-  dot = detail::group_sum<kScalarThreads>(dot, shared);
+  dot = detail::row_sum<detail::RowGroups<kScalarThreads>>(dot, shared);
   const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     const float added = p.dsum != nullptr ? detail::to_float(dsum[d]) : 0.0f;
@@ -213,21 +214,32 @@ __global__ void weight_scalar_kernel(RmsNormBackward p, const T* dy, int64_t row
   partials[blockIdx.y * p.hidden + d] = sum;
 }
 
-/// dweight[d] += Σ partials[b, d] in a fixed order.
+/// dweight[d] += Σ partials[b, d] in a fixed order: a block has 8 columns, whole sectors of memory,
+/// and all reads of a thread are in flight together.
 template <typename G>
-__global__ void add_partials_kernel(const float* partials, int64_t blocks, int64_t hidden,
-                                    G* dweight) {
-  __shared__ float shares[8][kWarp];
-  const int64_t d = int64_t{blockIdx.x} * kWarp + threadIdx.x;
+__global__ void __launch_bounds__(kSumThreads)
+    add_partials_kernel(const float* partials, int64_t blocks, int64_t hidden, G* dweight) {
+  __shared__ float shares[kSumThreads / kWarp][kSumColumns];
+  constexpr int kRows = kSumThreads / kSumColumns;
+  const int column = threadIdx.x % kSumColumns;
+  const int64_t d = int64_t{blockIdx.x} * kSumColumns + column;
   float sum = 0.0f;
   if (d < hidden) {
-#pragma unroll 4
-    for (int64_t b = threadIdx.y; b < blocks; b += 8) sum += partials[b * hidden + d];
+#pragma unroll 9
+    for (int64_t b = threadIdx.x / kSumColumns; b < blocks; b += kRows) {
+      sum += partials[b * hidden + d];
+    }
   }
-  shares[threadIdx.y][threadIdx.x] = sum;
+#pragma unroll
+  for (int mask = kWarp / 2; mask >= kSumColumns; mask /= 2) {
+    sum += __shfl_xor_sync(detail::kFullMask, sum, mask);
+  }
+  if (threadIdx.x % kWarp < kSumColumns) shares[threadIdx.x / kWarp][column] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || d >= hidden) return;
-  for (int i = 1; i < 8; ++i) sum += shares[i][threadIdx.x];
+  if (threadIdx.x >= kSumColumns || d >= hidden) return;
+  sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSumThreads / kWarp; ++i) sum += shares[i][column];
   dweight[d] = detail::from_float<G>(detail::to_float(dweight[d]) + sum);
 }
 
@@ -235,24 +247,53 @@ __global__ void add_partials_kernel(const float* partials, int64_t blocks, int64
 void add_partials(const RmsNormBackward& p, const float* partials, int64_t blocks, void* dweight,
                   cudaStream_t stream) {
   if (dweight == nullptr) return;
-  const auto grid = static_cast<unsigned>((p.hidden + kWarp - 1) / kWarp);
+  const auto grid = static_cast<unsigned>((p.hidden + kSumColumns - 1) / kSumColumns);
   detail::dispatch_float("rms_norm_backward", p.dweight_dtype, [&](auto* type) {
     using G = std::remove_pointer_t<decltype(type)>;
-    add_partials_kernel<<<grid, dim3(kWarp, 8), 0, stream>>>(partials, blocks, p.hidden,
-                                                             static_cast<G*>(dweight));
+    add_partials_kernel<<<grid, kSumThreads, 0, stream>>>(partials, blocks, p.hidden,
+                                                          static_cast<G*>(dweight));
   });
   detail::check_launch("rms_norm_backward (weight)");
+}
+
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  kernels::detail::raise_cuda("rms_norm_backward", "launch failed", cudaGetErrorString(error));
+}
+
+/// Stages of a ring that fit where `blocks` blocks share a multiprocessor, or one has it alone; 0 =
+/// none.
+int ring_stages(int64_t stage_bytes, int blocks) {
+  constexpr int64_t kBesides = 2048;  // of a block: the driver's share and the static arrays
+  int device = 0, of_block = 0, of_multiprocessor = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check_cuda(cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                    device));
+  const int64_t alone = of_block - kBesides;
+  const int64_t share = std::min(alone, of_multiprocessor / blocks - kBesides);
+  const int64_t stages = share >= stage_bytes ? share / stage_bytes : alone / stage_bytes;
+  return static_cast<int>(stages);
 }
 
 /// Returns how many partial sums it leaves, 0 = the row does not fit.
 template <typename T, bool kSecond>
 int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream_t stream) {
   int64_t blocks = 0;
-  detail::dispatch_group(p.hidden / kVector, kBackwardVectors, [&](auto group) {
-    constexpr int kGroup = decltype(group)::value;
-    blocks = std::min(partials, kMultiprocessors * kBackwardBlocks<T, kGroup, kSecond>);
-    backward_kernel<T, kGroup, kSecond>
-        <<<static_cast<unsigned>(blocks), kGroupBlock<kGroup>, 0, stream>>>(p, partials);
+  detail::dispatch_rows(p.hidden / kVector, kVectors, [&](auto rows) {
+    using Rows = decltype(rows);
+    const int matrices = 2 + (kSecond ? 1 : 0) + (p.dsum != nullptr ? 1 : 0);
+    using Ring = detail::RowRing<T, kVectors, Rows::kThreads>;
+    const int64_t stage_bytes = Ring::stage_bytes(matrices);
+    const int stages = std::min(ring_stages(stage_bytes, kBlocks<Rows>), Ring::kMostStages);
+    if (stages == 0) return;
+    auto* const kernel = backward_kernel<T, Rows, kSecond>;
+    const auto shared_bytes = static_cast<int>(stages * stage_bytes);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    blocks = std::min(partials, kMultiprocessors * kBlocks<Rows>);
+    kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(p, partials,
+                                                                                    stages);
   });
   return blocks;
 }

@@ -4,105 +4,83 @@
 // leaves (a tile of 128 is 16 neighbouring lanes). Widths that are not multiples of 8, unaligned
 // pointers and D > 32768 take a scalar path. Backward: rms_norm.cu.
 
-#include "kernels/detail/fp8_tile.cuh"
-#include "kernels/detail/group.cuh"
+#include "kernels/detail/fp8_row.cuh"
+#include "kernels/detail/row_groups.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {
 namespace {
 
-using detail::kGroupBlock;
+using detail::kRowVectors;
 using detail::kVector;
 using detail::kWarp;
 using detail::Packed;
 
-constexpr int kVectors = 4;
 constexpr int kScalarThreads = 256;
 
-/// Writes y = normalised · weight, and its FP8 form. All lanes of a warp come here together; those
-/// without an element (`exists` false) only lend their share of the maximum.
-template <typename T, bool kFp8>
-__device__ __forceinline__ void write_vector(const RmsNormForward& p, const Packed<T>& x,
-                                             float inv_rms, const void* weight, void* y,
-                                             int64_t row, int64_t column, bool exists) {
-  Packed<T> out;
-  out.clear();
-  if (exists) {
-    Packed<T> w;
-    w.load(static_cast<const T*>(weight) + column);
-    float v[kVector];
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) v[e] = x.at(e) * (inv_rms * w.at(e));
-    out.set(v);
-    if (y != nullptr) out.store(static_cast<T*>(y) + row * p.hidden + column);
-  }
-  if constexpr (kFp8) {
-    float amax = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) amax = fmaxf(amax, fabsf(out.at(e)));
-    const auto scale = kernels::detail::tile_scale(detail::half_warp_max(amax), p.rule);
-    if (!exists) return;
-    const uint2 codes = detail::encode8([&](int e) { return out.at(e); }, scale.inverse);
-    *reinterpret_cast<uint2*>(p.quantized.data + row * p.hidden + column) = codes;
-    if (column % kFp8Tile == 0) {
-      p.quantized.scales[column / kFp8Tile * p.quantized.scale_stride + row] = scale.scale;
-    }
-  }
-}
-
 /// kExtra: a second norm, FP8, or both.
-template <typename T, int kGroup, bool kResidual, bool kExtra>
-__global__ void __launch_bounds__(kGroupBlock<kGroup>) forward_kernel(RmsNormForward p) {
-  __shared__ float shared[kGroupBlock<kGroup> / kWarp];
-  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
+template <typename T, typename Rows, bool kResidual, bool kExtra>
+__global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward p) {
+  __shared__ float shared[Rows::kThreads / kWarp];
+  constexpr int kGroup = Rows::kGroup;
   const int lane = threadIdx.x % kGroup;
-  const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kGroup;
+  const int64_t row = int64_t{blockIdx.x} * Rows::kRows + threadIdx.x / kGroup;
   const bool active = row < p.num_tokens;
-  const int64_t vectors = active ? p.hidden / kVector : 0;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-  Packed<T> v[kVectors], r[kResidual ? kVectors : 1];
+  const int vectors = active ? static_cast<int>(p.hidden / kVector) : 0;
+  // Calls fn(i, offset from the row's begin) for the vectors of this thread that exist.
+  const auto each = [&](auto&& fn) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t c = lane + i * kGroup;
-    v[i].clear();
-    if (c < vectors) v[i].load_once(x + c * kVector);
-    if constexpr (kResidual) {
-      const T* residual = static_cast<const T*>(p.residual) + row * p.hidden;
-      r[i].clear();
-      if (c < vectors) r[i].load_once(residual + c * kVector);
+    for (int i = 0; i < kRowVectors; ++i) {
+      if (lane + i * kGroup < vectors) fn(i, (lane + i * kGroup) * kVector);
     }
-  }
-  float squares = 0.0f;
+  };
+  Packed<T> v[kRowVectors], other[kRowVectors];  // other: the residual, then y
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
+  for (int i = 0; i < kRowVectors; ++i) v[i].clear(), other[i].clear();
+  each([&](int i, int d) {
+    v[i].load_once(static_cast<const T*>(p.x) + row * p.x_stride + d);
     if constexpr (kResidual) {
+      other[i].load_once(static_cast<const T*>(p.residual) + row * p.hidden + d);
+    }
+  });
+  if constexpr (kResidual) {
+    each([&](int i, int d) {
       float sum[kVector];
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[e] = v[i].at(e) + r[i].at(e);
+      for (int e = 0; e < kVector; ++e) sum[e] = v[i].at(e) + other[i].at(e);
       v[i].set(sum);
-      const int64_t c = lane + i * kGroup;
-      if (c < vectors) v[i].store(static_cast<T*>(p.sum) + row * p.hidden + c * kVector);
-    }
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
+      v[i].store(static_cast<T*>(p.sum) + row * p.hidden + d);
+    });
   }
-  squares = detail::group_sum<kGroup>(squares, shared);
-  float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
-  if (active && p.inv_rms_given) inv_rms = p.inv_rms[row];
-  if (active && lane == 0 && p.inv_rms != nullptr && !p.inv_rms_given) p.inv_rms[row] = inv_rms;
+  float inv_rms = 0.0f;
+  if (p.inv_rms_given) {
+    if (active) inv_rms = p.inv_rms[row];
+  } else {
+    float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t c = lane + i * kGroup;
-    const bool exists = c < vectors;
-    if (kExtra && p.quantized.data != nullptr) {
-      write_vector<T, true>(p, v[i], inv_rms, p.weight, p.y, row, c * kVector, exists);
-    } else {
-      write_vector<T, false>(p, v[i], inv_rms, p.weight, p.y, row, c * kVector, exists);
+    for (int i = 0; i < kRowVectors; ++i) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
     }
-    if (kExtra && p.second_weight != nullptr) {
-      write_vector<T, false>(p, v[i], inv_rms, p.second_weight, p.second_y, row, c * kVector,
-                             exists);
-    }
+    squares = detail::row_sum<Rows>(squares, shared);
+    inv_rms = rsqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+    if (active && lane == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
+  }
+  const auto normalise = [&](const void* weight, void* y) {
+    each([&](int i, int d) {
+      Packed<T> w;
+      w.load(static_cast<const T*>(weight) + d);
+      float out[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) out[e] = v[i].at(e) * (inv_rms * w.at(e));
+      other[i].set(out);
+      if (y != nullptr) other[i].store(static_cast<T*>(y) + row * p.hidden + d);
+    });
+  };
+  if (kExtra && p.second_weight != nullptr) normalise(p.second_weight, p.second_y);
+  normalise(p.weight, p.y);
+  if (kExtra && p.quantized.data != nullptr) {
+    detail::write_row<kGroup>(p.quantized, p.rule, other, row, p.hidden, lane, vectors);
   }
 }
 
@@ -155,8 +133,8 @@ __global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormF
     const float v = detail::to_float(normalised[d]);
     squares = fmaf(v, v, squares);
   }
-  squares = detail::group_sum<kScalarThreads>(squares, shared);
-  float inv_rms = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+  squares = detail::row_sum<detail::RowGroups<kScalarThreads>>(squares, shared);
+  float inv_rms = rsqrtf(squares / static_cast<float>(p.hidden) + p.eps);
   if (p.inv_rms_given) inv_rms = p.inv_rms[row];
   if (threadIdx.x == 0 && p.inv_rms != nullptr && !p.inv_rms_given) p.inv_rms[row] = inv_rms;
   const auto write = [&](const void* weight, void* y) {
@@ -174,14 +152,13 @@ __global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormF
 
 template <typename T, bool kExtra>
 bool launch_vectorised(const RmsNormForward& p, cudaStream_t stream) {
-  return detail::dispatch_group(p.hidden / kVector, kVectors, [&](auto group) {
-    constexpr int kGroup = decltype(group)::value, kBlock = kGroupBlock<kGroup>;
-    constexpr int kRows = kBlock / kGroup;
-    const auto grid = static_cast<unsigned>((p.num_tokens + kRows - 1) / kRows);
+  return detail::dispatch_rows(p.hidden / kVector, kRowVectors, [&](auto rows) {
+    using Rows = decltype(rows);
+    const auto grid = static_cast<unsigned>((p.num_tokens + Rows::kRows - 1) / Rows::kRows);
     if (p.residual != nullptr) {
-      forward_kernel<T, kGroup, true, kExtra><<<grid, kBlock, 0, stream>>>(p);
+      forward_kernel<T, Rows, true, kExtra><<<grid, Rows::kThreads, 0, stream>>>(p);
     } else {
-      forward_kernel<T, kGroup, false, kExtra><<<grid, kBlock, 0, stream>>>(p);
+      forward_kernel<T, Rows, false, kExtra><<<grid, Rows::kThreads, 0, stream>>>(p);
     }
   });
 }

@@ -28,6 +28,8 @@ struct Packed<__nv_bfloat16> {
   __device__ __forceinline__ void load(const __nv_bfloat16* x) {
     raw = *reinterpret_cast<const uint4*>(x);
   }
+  /// From words that stand `stride` apart.
+  __device__ __forceinline__ void load_words(const uint4* words, int) { raw = *words; }
   __device__ __forceinline__ void store(__nv_bfloat16* x) const {
     *reinterpret_cast<uint4*>(x) = raw;
   }
@@ -63,6 +65,13 @@ struct Packed<float> {
   }
   __device__ __forceinline__ void load(const float* x) {
     load8(x, v);
+  }
+  __device__ __forceinline__ void load_words(const uint4* words, int stride) {
+    const uint4 low = words[0], high = words[stride];
+    v[0] = __uint_as_float(low.x), v[1] = __uint_as_float(low.y);
+    v[2] = __uint_as_float(low.z), v[3] = __uint_as_float(low.w);
+    v[4] = __uint_as_float(high.x), v[5] = __uint_as_float(high.y);
+    v[6] = __uint_as_float(high.z), v[7] = __uint_as_float(high.w);
   }
   __device__ __forceinline__ void store(float* x) const {
     store8(x, v);

@@ -44,6 +44,34 @@ __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
   return y;
 }
 
+/// The larger magnitude of each half of two pairs of BF16, with any sign; a number where one of
+/// them is NaN.
+__device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+  return max_bf16x2(a & 0x7fff7fffu, b & 0x7fff7fffu);
+#else
+  uint32_t y;
+  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#endif
+}
+
+/// Four numbers as E4M3, the first in the lowest byte: nearest even, saturating. sm_89 and up.
+__device__ __forceinline__ uint32_t e4m3x4(float a, float b, float c, float d) {
+  uint32_t y = 0;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}\n"
+      : "=r"(y)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+#endif
+  return y;
+}
+
 // Clusters of thread blocks.
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -77,6 +105,23 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint4 v, uint32_
       "[%5];" ::"r"(address),
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
       : "memory");
+}
+
+// A thread's own copies from device to shared memory (sm_80), which it alone may read once they are
+// waited for.
+
+/// 16 bytes, both sides aligned to as much; past the first-level cache.
+__device__ __forceinline__ void async_copy16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+/// Closes the thread's open group of copies, which may be empty.
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until all but the latest `kPending` groups have arrived.
+template <int kPending>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Bulk copies between device and shared memory, 16-byte aligned, a multiple of 16 bytes.

@@ -1,0 +1,50 @@
+#pragma once
+
+// Rows shared out to groups of threads, whole warps; narrow rows stand several to a block. Only the
+// width decides, so that sums are taken in an order that it alone decides.
+
+#include <type_traits>
+
+#include "kernels/detail/launch.cuh"
+
+namespace dsv3::kernels::cuda::detail {
+
+/// kGroup threads hold a row, kRows rows make a block of kThreads.
+template <int kGroupThreads>
+struct RowGroups {
+  static constexpr int kGroup = kGroupThreads;
+  static constexpr int kRows = kGroup < 256 && 256 % kGroup == 0 ? 256 / kGroup : 1;
+  static constexpr int kThreads = kGroup * kRows;
+};
+
+/// Calls fn(RowGroups) with the smallest group that holds rows of `vectors`, `per_thread` of them
+/// to a thread; returns false where 1024 threads cannot. 7·2^n: DeepSeek-V3's D = 7168 leaves no
+/// thread idle.
+template <typename Fn>
+bool dispatch_rows(int64_t vectors, int per_thread, Fn&& fn) {
+  const auto fits = [&](int group) { return vectors <= int64_t{group} * per_thread; };
+  if (fits(32)) return fn(RowGroups<32>()), true;
+  if (fits(64)) return fn(RowGroups<64>()), true;
+  if (fits(128)) return fn(RowGroups<128>()), true;
+  if (fits(224)) return fn(RowGroups<224>()), true;
+  if (fits(256)) return fn(RowGroups<256>()), true;
+  if (fits(448)) return fn(RowGroups<448>()), true;
+  if (fits(1024)) return fn(RowGroups<1024>()), true;
+  return false;
+}
+
+/// The sum of `value` over the threads of a row, to all of them, in a fixed order. `shared` [warps
+/// of the block] must not be in use: alternate between two when calling in a loop. All threads of
+/// the block call it together.
+template <typename Rows>
+__device__ __forceinline__ float row_sum(float value, float* shared) {
+  value = warp_sum(value);
+  constexpr int kWarps = Rows::kGroup / kWarp;
+  if constexpr (kWarps == 1) return value;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (lane == 0) shared[warp] = value;
+  __syncthreads();
+  return warp_sum(lane < kWarps ? shared[warp / kWarps * kWarps + lane] : 0.0f);
+}
+
+}  // namespace dsv3::kernels::cuda::detail
