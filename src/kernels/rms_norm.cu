@@ -25,10 +25,11 @@ constexpr int kSumThreads = 256, kSumColumns = 8;  // of the sum of the partial 
 /// Of the largest device: the grid fills it once, so that no second wave runs half empty.
 constexpr int64_t kMultiprocessors = 132;
 
-/// Blocks of a multiprocessor: few, with deep rings, keep the memory's accesses in longer runs than
-/// many do.
-template <typename Rows>
-inline constexpr int kBlocks = Rows::kThreads <= 256 ? 2 : 1;
+/// Blocks of a multiprocessor, for which registers suffice.
+template <typename Rows, bool kSecond>
+inline constexpr int kBlocks = Rows::kThreads > 448 || (kSecond && Rows::kThreads > 256) ? 1 : 2;
+/// What a multiprocessor should have asked for; more stages than it takes are no faster.
+constexpr int64_t kInFlight = 56 * 1024;
 
 /// The rows' shares of dweight, added in the order of the rows, to this block's row of `partials`.
 /// `shares` [threads · kVectors · 8] is free to use.
@@ -67,7 +68,7 @@ __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int6
 }
 
 template <typename T, typename Rows, bool kSecond>
-__global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows>)
+__global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows, kSecond>)
     backward_kernel(RmsNormBackward p, int64_t partials, int stages) {
   extern __shared__ uint4 memory[];
   __shared__ float shared[2][Rows::kThreads / kWarp];
@@ -80,16 +81,15 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows>)
   const bool has_dsum = p.dsum != nullptr;
   detail::RowRing<T, kVectors, Rows::kThreads> ring(memory, kDsum + has_dsum, stages);
   const auto ask = [&](int64_t row) {
-    if (row < p.num_tokens) {
+    const int mine = row < p.num_tokens ? vectors : 0;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int c = lane + i * kGroup;
-        if (c >= vectors) continue;
-        ring.ask(kX, i, row_of<T>(p.x, row, p.x_stride) + c * kVector);
-        ring.ask(kDy, i, row_of<T>(p.dy, row, p.hidden) + c * kVector);
-        if (kSecond) ring.ask(kSecondDy, i, row_of<T>(p.second_dy, row, p.hidden) + c * kVector);
-        if (has_dsum) ring.ask(kDsum, i, row_of<T>(p.dsum, row, p.hidden) + c * kVector);
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      const int c = lane + i * kGroup;
+      if (c >= mine) continue;
+      ring.ask(kX, i, row_of<T>(p.x, row, p.x_stride) + c * kVector);
+      ring.ask(kDy, i, row_of<T>(p.dy, row, p.hidden) + c * kVector);
+      if (kSecond) ring.ask(kSecondDy, i, row_of<T>(p.second_dy, row, p.hidden) + c * kVector);
+      if (has_dsum) ring.ask(kDsum, i, row_of<T>(p.dsum, row, p.hidden) + c * kVector);
     }
     ring.next();
   };
@@ -98,10 +98,11 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows>)
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int c = lane + i * kGroup;
-    if (c >= vectors) continue;
-    weight[i].load(static_cast<const T*>(p.weight) + c * kVector);
+    weight[i].clear();
+    if (c < vectors) weight[i].load(static_cast<const T*>(p.weight) + c * kVector);
     if constexpr (kSecond) {
-      second_weight[i].load(static_cast<const T*>(p.second_weight) + c * kVector);
+      second_weight[i].clear();
+      if (c < vectors) second_weight[i].load(static_cast<const T*>(p.second_weight) + c * kVector);
     }
   }
   float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
@@ -114,47 +115,46 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows>)
     const float inv_rms = next_inverse;
     next_inverse = inverse(row + step);
     ring.wait();
-    float dot = 0.0f;
+    Packed<T> x[kVectors], g[kVectors], g2[kSecond ? kVectors : 1], sum[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int c = lane + i * kGroup;
-      if (c >= mine) continue;
-      Packed<T> x, g, g2;
-      ring.read(kX, i, x), ring.read(kDy, i, g);
-      if constexpr (kSecond) ring.read(kSecondDy, i, g2);
+      const bool exists = lane + i * kGroup < mine;
+      ring.read(kX, i, exists, x[i]), ring.read(kDy, i, exists, g[i]);
+      if constexpr (kSecond) ring.read(kSecondDy, i, exists, g2[i]);
+      ring.read(kDsum, i, exists && has_dsum, sum[i]);
+    }
+    float weighted[kVectors][kVector], dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      weight[i].forget();
+      if constexpr (kSecond) second_weight[i].forget();
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const float gx = g.at(e) * x.at(e);
-        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
-        dot = fmaf(gx, weight[i].at(e), dot);
+        const float normalised = x[i].at(e) * inv_rms;
+        dw[i][e] = fmaf(g[i].at(e), normalised, dw[i][e]);
+        weighted[i][e] = g[i].at(e) * weight[i].at(e);
         if constexpr (kSecond) {
-          const float g2x = g2.at(e) * x.at(e);
-          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
-          dot = fmaf(g2x, second_weight[i].at(e), dot);
+          dw2[i][e] = fmaf(g2[i].at(e), normalised, dw2[i][e]);
+          weighted[i][e] = fmaf(g2[i].at(e), second_weight[i].at(e), weighted[i][e]);
         }
+        dot = fmaf(weighted[i][e], x[i].at(e), dot);
       }
+      x[i].forget();
+      sum[i].forget();  // what was read is in registers before its place is asked for again
     }
+    ask(row + stages * step);
     dot = detail::row_sum<Rows>(dot, shared[turn]);
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int c = lane + i * kGroup;
-      if (c >= mine) continue;
-      Packed<T> x, g, g2, sum;
-      ring.read(kX, i, x), ring.read(kDy, i, g);
-      if constexpr (kSecond) ring.read(kSecondDy, i, g2);
-      sum.clear();
-      if (has_dsum) ring.read(kDsum, i, sum);
       float out[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        float gw = g.at(e) * weight[i].at(e);
-        if constexpr (kSecond) gw = fmaf(g2.at(e), second_weight[i].at(e), gw);
-        out[e] = sum.at(e) + (gw * inv_rms - x.at(e) * slope);
+        out[e] = sum[i].at(e) + (weighted[i][e] * inv_rms - x[i].at(e) * slope);
       }
-      detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
+      if (c < mine) detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
     }
-    ask(row + stages * step);
   }
   float* shares = reinterpret_cast<float*>(memory);
   if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);
@@ -261,8 +261,8 @@ void check_cuda(cudaError_t error) {
   kernels::detail::raise_cuda("rms_norm_backward", "launch failed", cudaGetErrorString(error));
 }
 
-/// Stages of a ring that fit where `blocks` blocks share a multiprocessor, or one has it alone; 0 =
-/// none.
+/// Stages of a ring, as many as `blocks` blocks of a multiprocessor want and find room for; 0 = a
+/// block alone has none for one.
 int ring_stages(int64_t stage_bytes, int blocks) {
   constexpr int64_t kBesides = 2048;  // of a block: the driver's share and the static arrays
   int device = 0, of_block = 0, of_multiprocessor = 0;
@@ -270,10 +270,10 @@ int ring_stages(int64_t stage_bytes, int blocks) {
   check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check_cuda(cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
                                     device));
-  const int64_t alone = of_block - kBesides;
-  const int64_t share = std::min(alone, of_multiprocessor / blocks - kBesides);
-  const int64_t stages = share >= stage_bytes ? share / stage_bytes : alone / stage_bytes;
-  return static_cast<int>(stages);
+  const int64_t alone = (of_block - kBesides) / stage_bytes;
+  const int64_t shared = (of_multiprocessor / blocks - kBesides) / stage_bytes;
+  const int64_t wanted = (kInFlight + blocks * stage_bytes - 1) / (blocks * stage_bytes);
+  return static_cast<int>(std::min(std::min(wanted, alone), std::max<int64_t>(shared, 1)));
 }
 
 /// Returns how many partial sums it leaves, 0 = the row does not fit.
@@ -285,13 +285,14 @@ int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream
     const int matrices = 2 + (kSecond ? 1 : 0) + (p.dsum != nullptr ? 1 : 0);
     using Ring = detail::RowRing<T, kVectors, Rows::kThreads>;
     const int64_t stage_bytes = Ring::stage_bytes(matrices);
-    const int stages = std::min(ring_stages(stage_bytes, kBlocks<Rows>), Ring::kMostStages);
+    const int stages =
+        std::min(ring_stages(stage_bytes, kBlocks<Rows, kSecond>), Ring::kMostStages);
     if (stages == 0) return;
     auto* const kernel = backward_kernel<T, Rows, kSecond>;
     const auto shared_bytes = static_cast<int>(stages * stage_bytes);
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    blocks = std::min(partials, kMultiprocessors * kBlocks<Rows>);
+    blocks = std::min(partials, kMultiprocessors * kBlocks<Rows, kSecond>);
     kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(p, partials,
                                                                                     stages);
   });

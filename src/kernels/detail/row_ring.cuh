@@ -45,8 +45,10 @@ class RowRing {
     if (stages_ == 3) ptx::async_wait<2>();
     if (stages_ == 4) ptx::async_wait<3>();
   }
-  __device__ __forceinline__ void read(int m, int i, Packed<T>& to) const {
-    to.load_words(slot(m, i), kThreads);
+  /// Vector i of matrix `m`, or zeros.
+  __device__ __forceinline__ void read(int m, int i, bool exists, Packed<T>& to) const {
+    to.clear();
+    if (exists) to.load_words(slot(m, i), kThreads);
   }
 
  private:
