@@ -124,6 +124,7 @@ Work make_permute_fp8_forward(Setup& s) {
       .dtype = DType::kF8E4M3,
       .x = x.const_data_ptr(),
       .row_of = order.row_of.const_data_ptr<int32_t>(),
+      .choice_of = order.choice_of.const_data_ptr<int32_t>(),
       .y = s.empty({T * K, D}, at::kByte).mutable_data_ptr(),
       .num_scales = static_cast<int32_t>(G),
       .x_scales = scales.const_data_ptr<float>(),

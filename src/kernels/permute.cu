@@ -2,12 +2,16 @@
 // gradient.
 //
 // permute and combine: a block per token, its threads along D in 16-byte steps, so that a token's
-// row is read once and its K rows are in flight together. combine's gradient: a warp per choice,
-// whose dot product needs no block; the K warps of a token find its dy in the L1 cache. Padding
-// rows, where there are any, are cleared by a kernel of their own that looks at 64 rows a block.
+// row is read once and its K rows are in flight together. FP8's scales follow in a kernel of their
+// own by rows of the output: written from the tokens' blocks, every 4 bytes of them would touch a
+// sector of the L2 cache. combine's gradient: a warp per choice, whose dot product needs no block;
+// the K warps of a token find its dy in the L1 cache. Padding rows, where there are any, are
+// cleared by a kernel that looks at 32 rows a block.
 // Bytes moved at T tokens, K choices, D hidden of BF16: permute 2·T·D·(1 + K), combine the same
 // (+ base), its gradient 2·T·D·(1 + 2K); at 16,384 x 7168, K = 8: 2.1, 2.1 and 4.0 GB. Memory
 // bound.
+
+#include <algorithm>
 
 #include "kernels/detail/launch.cuh"
 #include "kernels/detail/permutation.h"
@@ -21,6 +25,9 @@ using detail::kVector;
 using detail::kWarp;
 
 constexpr int kMaxThreads = 256;
+constexpr int kScaleThreads = 1024;
+constexpr int kScaleRows = 16;    // of a thread
+constexpr int kScaleColumns = 4;  // of a block
 
 /// Eight elements as they stand in memory: many of them in flight cost few registers.
 template <typename T>
@@ -57,15 +64,41 @@ __device__ __forceinline__ void unpack(const Packed<__nv_bfloat16>& packed, floa
   }
 }
 
-/// y_scales[g, rows[k]] = x_scales[g, token] · weight. The 4-byte writes of neighbouring rows come
-/// from tokens that are on their way at about the same time: the L2 joins them.
-__device__ __forceinline__ void permute_scales(const PermuteForward& p, int64_t token,
-                                               const int* rows) {
-  const int num_choices = p.num_experts_per_token;
-  for (int i = threadIdx.x; i < p.num_scales * num_choices; i += blockDim.x) {
-    const int g = i / num_choices, k = i % num_choices;
-    const float weight = p.weights == nullptr ? 1.0f : p.weights[token * num_choices + k];
-    p.y_scales[g * p.y_scale_stride + rows[k]] = p.x_scales[g * p.x_scale_stride + token] * weight;
+/// y_scales[g, r] = x_scales[g, token of r] · weight, 0 for padding. A thread keeps the tokens of
+/// kScaleRows rows; column after column of scales passes through shared memory (kStaged), because
+/// tokens come in any order while neighbouring rows are written together.
+template <bool kStaged>
+__global__ void __launch_bounds__(kScaleThreads)
+    permute_scales_kernel(PermuteForward p, int64_t num_rows) {
+  extern __shared__ float4 staged[];
+  const int64_t first = int64_t{blockIdx.x} * kScaleThreads * kScaleRows + threadIdx.x;
+  int token[kScaleRows];
+  float weight[kScaleRows];
+#pragma unroll
+  for (int j = 0; j < kScaleRows; ++j) {
+    const int64_t row = first + j * kScaleThreads;
+    const int choice = row < num_rows ? p.choice_of[row] : -1;
+    token[j] = choice < 0 ? -1 : choice / p.num_experts_per_token;
+    weight[j] = choice < 0 || p.weights == nullptr ? 1.0f : p.weights[choice];
+  }
+  const int begin = blockIdx.y * kScaleColumns, end = min(begin + kScaleColumns, p.num_scales);
+  for (int g = begin; g < end; ++g) {
+    const float* scales = p.x_scales + g * p.x_scale_stride;
+    if constexpr (kStaged) {
+      __syncthreads();
+#pragma unroll 4
+      for (int t = threadIdx.x; t < static_cast<int>(p.num_tokens) / 4; t += kScaleThreads) {
+        staged[t] = reinterpret_cast<const float4*>(scales)[t];
+      }
+      __syncthreads();
+      scales = reinterpret_cast<const float*>(staged);
+    }
+    float* const y = p.y_scales + g * p.y_scale_stride;
+#pragma unroll
+    for (int j = 0; j < kScaleRows; ++j) {
+      const int64_t row = first + j * kScaleThreads;
+      if (row < num_rows) y[row] = token[j] < 0 ? 0.0f : scales[token[j]] * weight[j];
+    }
   }
 }
 
@@ -96,22 +129,19 @@ __global__ void __launch_bounds__(kMaxThreads) permute_kernel(PermuteForward p, 
       }
     }
   }
-  permute_scales(p, token, rows);
 }
 
-constexpr int kPaddingRows = 64;
+constexpr int kPaddingRows = kWarp;  // of a block
 
-/// Zeros over the rows without a choice, and over their scales (may be null).
+/// Zeros over the rows without a choice.
 template <typename Word>
 __global__ void __launch_bounds__(kMaxThreads)
-    clear_padding_kernel(Word* rows, const int32_t* choice_of, int64_t num_rows, int64_t words,
-                         float* scales, int num_scales, int64_t scale_stride) {
-  const int64_t first = int64_t{blockIdx.x} * kPaddingRows;
-  const int64_t end = min(num_rows, first + kPaddingRows);
-  for (int64_t row = first; row < end; ++row) {
-    if (choice_of[row] >= 0) continue;
-    for (int64_t i = threadIdx.x; i < words; i += blockDim.x) rows[row * words + i] = Word{};
-    for (int g = threadIdx.x; g < num_scales; g += blockDim.x) scales[g * scale_stride + row] = 0;
+    clear_padding_kernel(Word* rows, const int32_t* choice_of, int64_t num_rows, int64_t words) {
+  const int64_t first = int64_t{blockIdx.x} * kPaddingRows, mine = first + threadIdx.x % kWarp;
+  unsigned padding = __ballot_sync(detail::kFullMask, mine < num_rows && choice_of[mine] < 0);
+  for (; padding != 0; padding &= padding - 1) {
+    Word* const row = rows + (first + __ffs(padding) - 1) * words;
+    for (int64_t i = threadIdx.x; i < words; i += kMaxThreads) row[i] = Word{};
   }
 }
 
@@ -263,17 +293,30 @@ void dispatch_word(int64_t row_bytes, bool aligned, Fn&& fn) {
   fn(static_cast<uint8_t*>(nullptr));
 }
 
-/// Zeros over the padding of `rows`; scales come from `p` where rows are permute's.
+/// Zeros over the padding of `rows`.
 void clear_padding(void* rows, const int32_t* choice_of, int64_t num_rows, int64_t row_bytes,
-                   const PermuteForward* p, cudaStream_t stream) {
+                   cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((num_rows + kPaddingRows - 1) / kPaddingRows);
   dispatch_word(row_bytes, detail::aligned16(rows), [&](auto* type) {
     using Word = std::remove_pointer_t<decltype(type)>;
     const int64_t words = row_bytes / static_cast<int64_t>(sizeof(Word));
-    clear_padding_kernel<Word><<<blocks, kMaxThreads, 0, stream>>>(
-        static_cast<Word*>(rows), choice_of, num_rows, words, p != nullptr ? p->y_scales : nullptr,
-        p != nullptr ? p->num_scales : 0, p != nullptr ? p->y_scale_stride : 0);
+    clear_padding_kernel<Word>
+        <<<blocks, kMaxThreads, 0, stream>>>(static_cast<Word*>(rows), choice_of, num_rows, words);
   });
+}
+
+void permute_scales(const PermuteForward& p, int64_t num_rows, cudaStream_t stream) {
+  constexpr int64_t kMostStaged = 160 * 1024;  // fits sm_80's and sm_90's shared memory
+  constexpr int64_t kBlockRows = kScaleThreads * kScaleRows;
+  const int64_t bytes = p.num_tokens * static_cast<int64_t>(sizeof(float));
+  const bool staged = bytes <= kMostStaged && p.num_tokens % 4 == 0 && p.x_scale_stride % 4 == 0 &&
+                      detail::aligned16(p.x_scales);
+  auto* const kernel = staged ? permute_scales_kernel<true> : permute_scales_kernel<false>;
+  const int shared = staged ? static_cast<int>(bytes) : 0;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  const dim3 grid(static_cast<unsigned>((num_rows + kBlockRows - 1) / kBlockRows),
+                  static_cast<unsigned>((p.num_scales + kScaleColumns - 1) / kScaleColumns));
+  kernel<<<grid, kScaleThreads, static_cast<size_t>(shared), stream>>>(p, num_rows);
 }
 
 }  // namespace
@@ -289,9 +332,11 @@ void permute_forward(const PermuteForward& p, Stream stream) {
     permute_kernel<Word>
         <<<static_cast<unsigned>(p.num_tokens), threads_for(words), 0, cuda>>>(p, words);
   });
-  if (p.num_rows > p.num_tokens * p.num_experts_per_token) {
-    clear_padding(p.y, p.choice_of, p.num_rows, row_bytes, &p, cuda);
+  const int64_t num_choices = p.num_tokens * p.num_experts_per_token;
+  if (p.num_rows > num_choices) {
+    clear_padding(p.y, p.choice_of, p.num_rows, row_bytes, cuda);
   }
+  if (p.num_scales > 0) permute_scales(p, std::max(p.num_rows, num_choices), cuda);
   detail::check_launch("permute");
 }
 
@@ -325,7 +370,7 @@ void combine_backward(const CombineBackward& p, Stream stream) {
     kernel<<<blocks, kMaxThreads, 0, cuda>>>(p, num_choices);
   });
   if (p.drows != nullptr && p.num_rows > num_choices) {
-    clear_padding(p.drows, p.choice_of, p.num_rows, p.hidden * size_of(p.dtype), nullptr, cuda);
+    clear_padding(p.drows, p.choice_of, p.num_rows, p.hidden * size_of(p.dtype), cuda);
   }
   detail::check_launch("combine_backward");
 }

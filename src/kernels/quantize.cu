@@ -20,34 +20,50 @@ struct TileRows {
   int valid;
 };
 
-/// The group that holds the tile: one warp scans the groups' padded sizes, 32 at a time.
+/// The group that holds the tile: a lane of one warp sums the padded sizes of its share of the
+/// groups, the warp scans the sums, and the lane that holds the tile walks through its share again.
 __device__ TileRows find_group(const RaggedGroups& groups, int64_t tile) {
   const int lane = threadIdx.x % detail::kWarp;
-  int64_t start = 0;  // in tiles
-  for (int base = 0; base < groups.num_groups; base += detail::kWarp) {
-    const int e = base + lane;
-    const int64_t end = groups.ends[min(e, groups.num_groups - 1)];
-    const int64_t begin = e > 0 && e < groups.num_groups ? groups.ends[e - 1] : (e == 0 ? 0 : end);
-    const int64_t tiles = (end - begin + kTile - 1) / kTile;
-    int64_t after = tiles;  // inclusive sum over the lanes
-#pragma unroll
-    for (int step = 1; step < detail::kWarp; step *= 2) {
-      const int64_t other = __shfl_up_sync(detail::kFullMask, after, step);
-      if (lane >= step) after += other;
-    }
-    const int64_t first = start + after - tiles;
-    const bool mine = tile >= first && tile < first + tiles;
-    const unsigned holder = __ballot_sync(detail::kFullMask, mine);
-    if (holder != 0) {
-      const int from = __ffs(holder) - 1;
-      const int64_t offset = (tile - first) * kTile;
-      const int64_t source = __shfl_sync(detail::kFullMask, begin + offset, from);
-      const int64_t left = __shfl_sync(detail::kFullMask, end - begin - offset, from);
-      return {source, static_cast<int>(min(left, int64_t{kTile}))};
-    }
-    start += __shfl_sync(detail::kFullMask, after, detail::kWarp - 1);
+  const int share = (groups.num_groups + detail::kWarp - 1) / detail::kWarp;
+  const int first = min(lane * share, groups.num_groups);
+  const int last = min(first + share, groups.num_groups);
+  const auto tiles_between = [](int begin, int end) { return (end - begin + kTile - 1) / kTile; };
+  const int before = first > 0 ? groups.ends[first - 1] : 0;
+  int tiles = 0, begin = before;
+#pragma unroll 8
+  for (int e = first; e < last; ++e) {
+    const int end = groups.ends[e];
+    tiles += tiles_between(begin, end);
+    begin = end;
   }
-  return {0, 0};
+  int64_t after = tiles;  // inclusive sum over the lanes
+#pragma unroll
+  for (int step = 1; step < detail::kWarp; step *= 2) {
+    const int64_t other = __shfl_up_sync(detail::kFullMask, after, step);
+    if (lane >= step) after += other;
+  }
+  const bool mine = tile >= after - tiles && tile < after;
+  const unsigned holder = __ballot_sync(detail::kFullMask, mine);
+  if (holder == 0) return {0, 0};
+  int64_t source = 0;
+  int valid = 0;
+  if (mine) {
+    auto skip = static_cast<int>(tile - (after - tiles));  // tiles up to the one looked for
+    begin = before;
+    for (int e = first; e < last; ++e) {
+      const int end = groups.ends[e], size = tiles_between(begin, end);
+      if (skip < size) {
+        source = begin + int64_t{skip} * kTile;
+        valid = static_cast<int>(min(end - source, int64_t{kTile}));
+        break;
+      }
+      skip -= size;
+      begin = end;
+    }
+  }
+  const int from = __ffs(holder) - 1;
+  return {__shfl_sync(detail::kFullMask, source, from),
+          __shfl_sync(detail::kFullMask, valid, from)};
 }
 
 __device__ __forceinline__ TileRows find_rows(const QuantizeTiles& p, int64_t tile) {
@@ -67,7 +83,7 @@ __device__ __forceinline__ TileRows find_rows(const QuantizeTiles& p, int64_t ti
 /// Blocks of a multiprocessor: without a bound the compiler keeps every number widened, three times
 /// the registers.
 template <typename T>
-inline constexpr int kBlocks = std::is_same_v<T, float> ? 2 : 3;
+inline constexpr int kBlocks = std::is_same_v<T, float> ? 2 : 4;
 
 template <typename T, bool kVec, bool kColumns>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
@@ -124,12 +140,11 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
   for (int j = 0; j < kBand; ++j) {
     values.template load<kVec>(j, x + j * p.x_stride, first + j < place.rows ? left : 0);
   }
-  float amax = 0.0f;
+  typename TileValues<T>::Row top;
+  top.clear();
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) amax = fmaxf(amax, fabsf(values.at(j, e)));
-  }
+  for (int j = 0; j < kBand; ++j) top.raise(values.row(j));
+  float amax = top.amax();
   amax = detail::warp_max(amax);
   if (threadIdx.x % detail::kWarp == 0) shared[threadIdx.x / detail::kWarp] = amax;
   __syncthreads();

@@ -123,7 +123,7 @@ struct PermuteForward {
   DType dtype;                         // of x and y: kF32, kBF16 or kF8E4M3
   const void* x;                       // [T, D]
   const int32_t* row_of;               // [T, K]
-  const int32_t* choice_of = nullptr;  // [Rows], read only when Rows > T·K
+  const int32_t* choice_of = nullptr;  // [Rows], read only when Rows > T·K or with scales
   void* y;                             // [Rows, D]
   int32_t num_scales = 0;              // G per row; 0 = no scales
   const float* x_scales = nullptr;     // of token t: x_scales[g · x_scale_stride + t]

@@ -40,7 +40,7 @@ __device__ __forceinline__ void store_values(const TileValues<T>& values, T* y,
 }
 
 template <typename T, bool kVec, bool kColumns>
-__global__ void __launch_bounds__(kTileThreads, 2) forward_kernel(SwigluForward p, Tiling tiling) {
+__global__ void __launch_bounds__(kTileThreads, 3) forward_kernel(SwigluForward p, Tiling tiling) {
   const int64_t row0 = int64_t{blockIdx.x / tiling.across} * kTile;
   const TilePlace place{
       .row0 = row0,
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const T* from = static_cast<const T*>(p.gate_up) + (row0 + first) * 2 * p.intermediate + column;
   const T* dy = static_cast<const T*>(p.dy) + (row0 + first) * p.intermediate + column;
   TileValues<T> gate, up, d;
+  float shares[kBand];
 #pragma unroll
   for (int j = 0; j < kBand; ++j) {
     const int64_t count = first + j < place.rows ? 8 : 0;
@@ -104,21 +105,22 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   for (int j = 0; j < kBand; ++j) {
     const bool exists = first + j < place.rows;
     const float weight = p.row_weight != nullptr && exists ? p.row_weight[row0 + first + j] : 1.0f;
-    float g[8], u[8], share = 0.0f;
+    float g[8], u[8];
+    shares[j] = 0.0f;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       g[e] = gate.at(j, e);
       u[e] = up.at(j, e);
-      share += swiglu_gradient<T>(g[e], u[e], d.at(j, e), weight);
+      shares[j] += swiglu_gradient<T>(g[e], u[e], d.at(j, e), weight);
     }
     gate.set(j, g);
     up.set(j, u);
-    if (p.drow_weight != nullptr) {
-#pragma unroll
-      for (int mask = 8; mask > 0; mask /= 2) share += __shfl_xor_sync(kFullMask, share, mask);
-      if (exists && tile_octet() == 0) {
-        p.scratch[tile * p.num_tokens + row0 + first + j] = share;
-      }
+  }
+  if (p.drow_weight != nullptr) {
+    const float share = half_warp_reduce(shares, [](float a, float b) { return a + b; });
+    const int row = first + tile_octet() / 2;
+    if (row < place.rows && tile_octet() % 2 == 0) {
+      p.scratch[tile * p.num_tokens + row0 + row] = share;
     }
   }
   TilePlace up_place = place;

@@ -69,6 +69,22 @@ __device__ __forceinline__ float half_warp_max(float x) {
   return x;
 }
 
+/// Reduces eight values of each of 16 neighbouring lanes, half of them leaving at every step: lane
+/// i of the 16 gets value i / 2. join(a, b) = join(b, a).
+template <typename Join>
+__device__ __forceinline__ float half_warp_reduce(float (&v)[8], Join&& join) {
+#pragma unroll
+  for (int width = 4; width > 0; width /= 2) {
+    const bool upper = (threadIdx.x & (2 * width)) != 0;
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const float kept = upper ? v[i + width] : v[i], given = upper ? v[i] : v[i + width];
+      v[i] = join(kept, __shfl_xor_sync(kFullMask, given, 2 * width));
+    }
+  }
+  return join(v[0], __shfl_xor_sync(kFullMask, v[0], 1));
+}
+
 /// Up to `count` codes to `out`: one 8-byte store with kVec, where all eight or none are wanted.
 template <bool kVec>
 __device__ __forceinline__ void store_codes(uint8_t* out, const uint2& codes, int64_t count) {
@@ -111,6 +127,11 @@ struct TileValues {
   __device__ __forceinline__ float at(int j, int e) const {
     return rows[j].at(e);
   }
+  /// Row j, and one row in the form whose magnitudes are compared.
+  using Row = Packed<T>;
+  __device__ __forceinline__ const Row& row(int j) const {
+    return rows[j];
+  }
 };
 
 template <>
@@ -139,6 +160,13 @@ struct TileValues<uint8_t> {
   __device__ __forceinline__ float at(int j, int e) const {
     return __fmul_rn(decode(raw[j], e), scale[j]);
   }
+  using Row = Packed<float>;
+  __device__ __forceinline__ Row row(int j) const {
+    Row widened;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) widened.v[e] = at(j, e);
+    return widened;
+  }
 };
 
 /// Which part of a matrix a tile is.
@@ -157,38 +185,32 @@ struct TilePlace {
 template <bool kVec, typename Values>
 __device__ __forceinline__ void emit_rows(const Values& values, const Fp8Rows& out,
                                           const ScaleRule& rule, const TilePlace& place) {
-  const int first = tile_first_row();
+  const int octet = tile_octet(), first = tile_first_row();
   const int64_t left = place.columns_left();
-  float scales[kBand];
+  float amax[kBand];
+#pragma unroll
+  for (int j = 0; j < kBand; ++j) amax[j] = values.row(j).amax();
+  // Of row octet / 2.
+  const auto scale = kernels::detail::tile_scale(
+      half_warp_reduce(amax, [](float a, float b) { return fmaxf(a, b); }), rule);
+  if (octet % 2 == 0 && first + octet / 2 < place.rows) {
+    const int64_t row = place.row0 + first + octet / 2;
+    out.scales[place.column0 / kTile * out.scale_stride + row] = scale.scale;
+  }
+  uint8_t* const to = out.data + (place.row0 + first) * place.width + place.column0 + 8 * octet;
 #pragma unroll
   for (int j = 0; j < kBand; ++j) {
-    float amax = 0.0f;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) amax = fmaxf(amax, fabsf(values.at(j, e)));
-    const auto scale = kernels::detail::tile_scale(half_warp_max(amax), rule);
-    scales[j] = scale.scale;
+    const float inverse = __shfl_sync(kFullMask, scale.inverse, 2 * j, 16);
     if (first + j < place.rows) {
-      const uint2 codes = encode8([&](int e) { return values.at(j, e); }, scale.inverse);
-      const int64_t row = place.row0 + first + j;
-      store_codes<kVec>(out.data + row * place.width + place.column0 + 8 * tile_octet(), codes,
-                        left);
-    }
-  }
-  if (tile_octet() != 0) return;
-  float* to = out.scales + place.column0 / kTile * out.scale_stride + place.row0 + first;
-  if (first + kBand <= place.rows && aligned16(to)) {
-    store8(to, scales);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kBand; ++j) {
-      if (first + j < place.rows) to[j] = scales[j];
+      const uint2 codes = encode8([&](int e) { return values.at(j, e); }, inverse);
+      store_codes<kVec>(to + j * place.width, codes, left);
     }
   }
 }
 
 struct ColumnShared {
-  float amax[kTileWarps][kTile];
-  float inverse[kTile];
+  alignas(16) float amax[kTileWarps][kTile];
+  alignas(16) float inverse[kTile];
   uint4 codes[kTile][8];  // [column][16 tokens], swizzled: see swizzle()
 };
 
@@ -204,16 +226,18 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
                                              const ScaleRule& rule, const TilePlace& place,
                                              int64_t padded, ColumnShared& shared) {
   const int octet = tile_octet(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float amax[8];
   values.forget();
+  typename Values::Row top;
+  top.clear();
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    amax[e] = 0.0f;
+  for (int j = 0; j < kBand; ++j) top.raise(values.row(j));
+  top.raise(top.from_lane(16));
+  if (lane < 16) {
+    float amax[8];
 #pragma unroll
-    for (int j = 0; j < kBand; ++j) amax[e] = fmaxf(amax[e], fabsf(values.at(j, e)));
-    amax[e] = fmaxf(amax[e], __shfl_xor_sync(kFullMask, amax[e], 16));
+    for (int e = 0; e < 8; ++e) amax[e] = top.at(e);
+    store8(&shared.amax[warp][8 * octet], amax);
   }
-  if (lane < 16) store8(&shared.amax[warp][8 * octet], amax);
   __syncthreads();
   if (threadIdx.x < kTile) {
     const int column = threadIdx.x;
@@ -229,10 +253,12 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
   __syncthreads();
   const int band = threadIdx.x / 16;
   values.forget();
+  float inverse[8];
+  load8(&shared.inverse[8 * octet], inverse);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int column = 8 * octet + e;
-    const uint2 codes = encode8([&](int j) { return values.at(j, e); }, shared.inverse[column]);
+    const uint2 codes = encode8([&](int j) { return values.at(j, e); }, inverse[e]);
     // Note: 8-byte chunk `band` of the column, at chunk band ^ octet: the 16 lanes of a half warp
     // write to 16 different chunks of 128 bytes.
     reinterpret_cast<uint2*>(shared.codes[column])[band ^ octet] = codes;

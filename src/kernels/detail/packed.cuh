@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/detail/launch.cuh"
+#include "kernels/detail/ptx.cuh"
 #include "kernels/detail/vector.cuh"
 
 namespace dsv3::kernels::cuda::detail {
@@ -46,6 +48,30 @@ struct Packed<__nv_bfloat16> {
     }
     raw = make_uint4(words[0], words[1], words[2], words[3]);
   }
+  /// The larger magnitudes of this and `other`, which replace this: ≥ 0 before. NaN is passed over.
+  __device__ __forceinline__ void raise(const Packed& other) {
+    raw.x = ptx::max_bf16x2(raw.x, other.raw.x & 0x7fff7fffu);
+    raw.y = ptx::max_bf16x2(raw.y, other.raw.y & 0x7fff7fffu);
+    raw.z = ptx::max_bf16x2(raw.z, other.raw.z & 0x7fff7fffu);
+    raw.w = ptx::max_bf16x2(raw.w, other.raw.w & 0x7fff7fffu);
+  }
+  /// That of another lane of the warp.
+  __device__ __forceinline__ Packed from_lane(int mask) const {
+    Packed other;
+    other.raw.x = __shfl_xor_sync(kFullMask, raw.x, mask);
+    other.raw.y = __shfl_xor_sync(kFullMask, raw.y, mask);
+    other.raw.z = __shfl_xor_sync(kFullMask, raw.z, mask);
+    other.raw.w = __shfl_xor_sync(kFullMask, raw.w, mask);
+    return other;
+  }
+  /// The largest magnitude; NaN only where all eight are.
+  __device__ __forceinline__ float amax() const {
+    constexpr uint32_t kMagnitudes = 0x7fff7fffu;
+    const uint32_t low = ptx::max_bf16x2(raw.x & kMagnitudes, raw.y & kMagnitudes);
+    const uint32_t high = ptx::max_bf16x2(raw.z & kMagnitudes, raw.w & kMagnitudes);
+    const uint32_t both = ptx::max_bf16x2(low, high);
+    return fmaxf(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+  }
 };
 
 template <>
@@ -82,6 +108,22 @@ struct Packed<float> {
   __device__ __forceinline__ void set(const float (&values)[kVector]) {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) v[e] = values[e];
+  }
+  __device__ __forceinline__ void raise(const Packed& other) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = fmaxf(v[e], fabsf(other.v[e]));
+  }
+  __device__ __forceinline__ Packed from_lane(int mask) const {
+    Packed other;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) other.v[e] = __shfl_xor_sync(kFullMask, v[e], mask);
+    return other;
+  }
+  __device__ __forceinline__ float amax() const {
+    float top = fabsf(v[0]);
+#pragma unroll
+    for (int e = 1; e < kVector; ++e) top = fmaxf(top, fabsf(v[e]));
+    return top;
   }
 };
 

@@ -6,6 +6,8 @@
 
 #include <type_traits>
 
+#include "kernels/detail/ptx.cuh"
+
 namespace dsv3::kernels::cuda::detail {
 
 /// 1 / (1 + e^-x). BF16 takes the approximate exponential and division (errors of a few 2^-22, far
@@ -13,7 +15,8 @@ namespace dsv3::kernels::cuda::detail {
 template <typename T>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (std::is_same_v<T, float>) return 1.0f / (1.0f + expf(-x));
-  return __fdividef(1.0f, 1.0f + __expf(-x));
+  constexpr float kLog2E = 1.4426950408889634f;
+  return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-kLog2E * x));
 }
 
 template <typename T>
