@@ -8,8 +8,8 @@
 namespace dsv3::kernels::cuda {
 namespace {
 
-using detail::kBand;
 using detail::kTile;
+using detail::kTileBand;
 using detail::kTileThreads;
 using detail::TilePlace;
 using detail::TileValues;
@@ -102,20 +102,20 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
                8 * detail::tile_octet();
   TileValues<T> values;
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     values.template load<kVec>(j, x + j * p.x_stride, first + j < rows.valid ? left : 0);
   }
   if constexpr (std::is_same_v<T, uint8_t>) {
     const float* scales =
         p.x_scales + place.column0 / kTile * p.x_scale_stride + rows.source + first;
 #pragma unroll
-    for (int j = 0; j < kBand; ++j) {
+    for (int j = 0; j < kTileBand; ++j) {
       values.scale[j] = first + j < rows.valid ? scales[j] : 0.0f;
     }
   }
   if (p.rows.data != nullptr) detail::emit_rows<kVec>(values, p.rows, p.rule, place);
   if constexpr (kColumns) {
-    __shared__ detail::ColumnShared shared;
+    __shared__ detail::ColumnShared<> shared;
     detail::emit_columns(values, p.columns, p.rule, place, padded, shared);
   }
 }
@@ -137,13 +137,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
   const T* x = static_cast<const T*>(p.x) + (row0 + first) * p.x_stride + column;
   TileValues<T> values;
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     values.template load<kVec>(j, x + j * p.x_stride, first + j < place.rows ? left : 0);
   }
   typename TileValues<T>::Row top;
   top.clear();
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) top.raise(values.row(j));
+  for (int j = 0; j < kTileBand; ++j) top.raise(values.row(j));
   float amax = top.amax();
   amax = detail::warp_max(amax);
   if (threadIdx.x % detail::kWarp == 0) shared[threadIdx.x / detail::kWarp] = amax;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     p.scales[row0 / kTile * p.scale_stride + place.column0 / kTile] = scale.scale;
   }
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     if (first + j >= place.rows) continue;
     const uint2 codes = detail::encode8([&](int e) { return values.at(j, e); }, scale.inverse);
     detail::store_codes<kVec>(p.data + (row0 + first + j) * p.width + column, codes, left);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(Dequantize p, 
   const int64_t offset = (row0 + first) * p.width + place.column0 + 8 * detail::tile_octet();
   TileValues<uint8_t> values;
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     const bool exists = first + j < place.rows;
     values.template load<kVec>(j, p.data + offset + j * p.width, exists ? left : 0);
     const float* scale = p.tiling == Fp8Tiling::kRows
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(Dequantize p, 
     values.scale[j] = exists ? *scale : 0.0f;
   }
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     if (first + j >= place.rows) continue;
     float v[8];
 #pragma unroll
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kTileThreads)
     scales[e] = e < left ? p.scales[row0 / kTile * p.scale_stride + column] : 0.0f;
   }
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     if (first + j >= place.rows) continue;
     float v[8];
 #pragma unroll

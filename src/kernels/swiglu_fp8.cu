@@ -1,5 +1,5 @@
 // SwiGLU whose results leave in FP8 tiles, in one or both orientations, with one read of its
-// inputs: a block of 256 threads per 128×128 results (detail/fp8_tile.cuh), all of its loads in
+// inputs: a block per 128×128 results (detail/fp8_tile.cuh), all of its loads in
 // flight before the first use. Results are rounded to the dtype before they are quantised: the bits
 // are those of the plain kernel and quantize_tiles in turn. Bytes in BF16 with both forms: forward
 // 4·T·I read, 2·T·I written; backward 6·T·I read, 4·T·I written.
@@ -11,15 +11,18 @@
 namespace dsv3::kernels::cuda::detail {
 namespace {
 
+constexpr int kBackwardBand = 4;
+constexpr int kBackwardThreads = 16 * kTile / kBackwardBand;
+
 struct Tiling {
   unsigned across;  // tiles of a row of results
   int64_t padded;   // tokens of the transposed form
 };
 
-template <bool kVec, typename T>
-__device__ __forceinline__ void store_values(const TileValues<T>& values, T* y,
+template <bool kVec, typename T, int kBand>
+__device__ __forceinline__ void store_values(const TileValues<T, kBand>& values, T* y,
                                              const TilePlace& place) {
-  const int first = tile_first_row();
+  const int first = tile_first_row<kBand>();
   const int64_t left = place.columns_left();
   y += (place.row0 + first) * place.width + place.column0 + 8 * tile_octet();
 #pragma unroll
@@ -54,13 +57,13 @@ __global__ void __launch_bounds__(kTileThreads, 3) forward_kernel(SwigluForward 
                   place.column0 + 8 * tile_octet();
   TileValues<T> values, up;
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     const int64_t count = first + j < place.rows ? left : 0;
     values.template load<kVec>(j, gate + j * 2 * p.intermediate, count);
     up.template load<kVec>(j, gate + j * 2 * p.intermediate + p.intermediate, count);
   }
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kTileBand; ++j) {
     const bool weighted = p.row_weight != nullptr && first + j < place.rows;
     const float weight = weighted ? p.row_weight[row0 + first + j] : 1.0f;
     float y[8];
@@ -71,15 +74,16 @@ __global__ void __launch_bounds__(kTileThreads, 3) forward_kernel(SwigluForward 
   if (p.y != nullptr) store_values<kVec>(values, static_cast<T*>(p.y), place);
   if (p.rows.data != nullptr) emit_rows<kVec>(values, p.rows, p.rule, place);
   if constexpr (kColumns) {
-    __shared__ ColumnShared shared;
+    __shared__ ColumnShared<> shared;
     emit_columns(values, p.columns, p.rule, place, tiling.padded, shared);
   }
 }
 
 /// The intermediate size is a multiple of 128, so that no tile holds gradients of both gate and up.
 template <typename T, bool kVec, bool kColumns>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kBackwardThreads, 2)
     backward_kernel(SwigluBackward p, Tiling tiling) {
+  constexpr int kBand = kBackwardBand;
   const int64_t row0 = int64_t{blockIdx.x / tiling.across} * kTile;
   const int64_t tile = blockIdx.x % tiling.across;
   TilePlace place{
@@ -88,11 +92,11 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       .rows = static_cast<int>(min(p.num_tokens - row0, int64_t{kTile})),
       .width = 2 * p.intermediate,
   };
-  const int first = tile_first_row();
+  const int first = tile_first_row<kBand>();
   const int64_t column = place.column0 + 8 * tile_octet();
   const T* from = static_cast<const T*>(p.gate_up) + (row0 + first) * 2 * p.intermediate + column;
   const T* dy = static_cast<const T*>(p.dy) + (row0 + first) * p.intermediate + column;
-  TileValues<T> gate, up, d;
+  TileValues<T, kBand> gate, up, d;
   float shares[kBand];
 #pragma unroll
   for (int j = 0; j < kBand; ++j) {
@@ -118,8 +122,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
   if (p.drow_weight != nullptr) {
     const float share = half_warp_reduce(shares, [](float a, float b) { return a + b; });
-    const int row = first + tile_octet() / 2;
-    if (row < place.rows && tile_octet() % 2 == 0) {
+    const int row = first + tile_octet() / (16 / kBand);
+    if (row < place.rows && tile_octet() % (16 / kBand) == 0) {
       p.scratch[tile * p.num_tokens + row0 + row] = share;
     }
   }
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     emit_rows<kVec>(up, p.rows, p.rule, up_place);
   }
   if constexpr (kColumns) {
-    __shared__ ColumnShared shared;
+    __shared__ ColumnShared<kBand> shared;
     emit_columns(gate, p.columns, p.rule, place, tiling.padded, shared);
     emit_columns(up, p.columns, p.rule, up_place, tiling.padded, shared);
   }
@@ -204,7 +208,7 @@ void swiglu_backward_fp8(const SwigluBackward& p, Stream stream) {
            [&](auto* type, auto vec, auto columns) {
              using T = std::remove_pointer_t<decltype(type)>;
              backward_kernel<T, decltype(vec)::value, decltype(columns)::value>
-                 <<<grid, kTileThreads, 0, on>>>(p, tiling);
+                 <<<grid, kBackwardThreads, 0, on>>>(p, tiling);
            });
   check_launch("swiglu_backward (fp8)");
   if (p.drow_weight == nullptr) return;

@@ -1,7 +1,8 @@
 #pragma once
 
-// FP8 tiles on the device. A block of 256 threads holds 128×128 numbers in registers: thread
-// (octet = t mod 16, band = t / 16) has 8 columns from 8·octet in 8 rows from 8·band. A row of the
+// FP8 tiles on the device. A block holds 128×128 numbers in registers: thread (octet = t mod 16,
+// band = t / 16) has 8 columns from 8·octet in kBand rows from kBand·band; 256 threads with 8 rows,
+// or 512 with 4 where several inputs leave no registers for more. A row of the
 // tile is 16 neighbouring lanes, whose maximum is four shuffles; its codes leave in 128-byte runs.
 // A column's maximum goes through shared memory; its codes too, swizzled so that neither side has
 // bank conflicts, and leave 16 bytes a thread in 128-byte runs along the tokens.
@@ -15,16 +16,17 @@
 
 namespace dsv3::kernels::cuda::detail {
 
-inline constexpr int kTileThreads = 256;
+inline constexpr int kTileThreads = 256;  // with kTileBand
 inline constexpr int kTileWarps = kTileThreads / kWarp;
 inline constexpr int kTile = static_cast<int>(kFp8Tile);
-inline constexpr int kBand = 8;  // rows of a thread
+inline constexpr int kTileBand = 8;  // rows of a thread
 
 __device__ __forceinline__ int tile_octet() {
   return threadIdx.x % 16;
 }
+template <int kBand = kTileBand>
 __device__ __forceinline__ int tile_first_row() {
-  return threadIdx.x / 16 * kBand;
+  return static_cast<int>(threadIdx.x) / 16 * kBand;
 }
 
 __device__ __forceinline__ uint32_t encode4(float a, float b, float c, float d) {
@@ -69,20 +71,26 @@ __device__ __forceinline__ float half_warp_max(float x) {
   return x;
 }
 
-/// Reduces eight values of each of 16 neighbouring lanes, half of them leaving at every step: lane
-/// i of the 16 gets value i / 2. join(a, b) = join(b, a).
-template <typename Join>
-__device__ __forceinline__ float half_warp_reduce(float (&v)[8], Join&& join) {
+/// Reduces kCount (4 or 8) values of each of 16 neighbouring lanes, half of them leaving at every
+/// step: lane i of the 16 gets value i / (16 / kCount). join(a, b) = join(b, a).
+template <int kCount, typename Join>
+__device__ __forceinline__ float half_warp_reduce(float (&v)[kCount], Join&& join) {
+  constexpr int kLanes = 16 / kCount;  // of a value at the end
 #pragma unroll
-  for (int width = 4; width > 0; width /= 2) {
-    const bool upper = (threadIdx.x & (2 * width)) != 0;
+  for (int width = kCount / 2; width > 0; width /= 2) {
+    const bool upper = (threadIdx.x & (kLanes * width)) != 0;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       const float kept = upper ? v[i + width] : v[i], given = upper ? v[i] : v[i + width];
-      v[i] = join(kept, __shfl_xor_sync(kFullMask, given, 2 * width));
+      v[i] = join(kept, __shfl_xor_sync(kFullMask, given, kLanes * width));
     }
   }
-  return join(v[0], __shfl_xor_sync(kFullMask, v[0], 1));
+  float all = v[0];
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    all = join(all, __shfl_xor_sync(kFullMask, all, mask));
+  }
+  return all;
 }
 
 /// Up to `count` codes to `out`: one 8-byte store with kVec, where all eight or none are wanted.
@@ -99,8 +107,9 @@ __device__ __forceinline__ void store_codes(uint8_t* out, const uint2& codes, in
 }
 
 /// A thread's share of a tile as it came from memory; at(row, column) widens one number.
-template <typename T>
+template <typename T, int kRows = kTileBand>
 struct TileValues {
+  static constexpr int kBand = kRows;
   Packed<T> rows[kBand];
 
   /// Row j from `x`, of which `count` elements exist (none: zeros).
@@ -134,8 +143,9 @@ struct TileValues {
   }
 };
 
-template <>
-struct TileValues<uint8_t> {
+template <int kRows>
+struct TileValues<uint8_t, kRows> {
+  static constexpr int kBand = kRows;
   uint2 raw[kBand];
   float scale[kBand];
 
@@ -185,22 +195,23 @@ struct TilePlace {
 template <bool kVec, typename Values>
 __device__ __forceinline__ void emit_rows(const Values& values, const Fp8Rows& out,
                                           const ScaleRule& rule, const TilePlace& place) {
-  const int octet = tile_octet(), first = tile_first_row();
+  constexpr int kBand = Values::kBand, kLanes = 16 / kBand;
+  const int octet = tile_octet(), first = tile_first_row<kBand>();
   const int64_t left = place.columns_left();
   float amax[kBand];
 #pragma unroll
   for (int j = 0; j < kBand; ++j) amax[j] = values.row(j).amax();
-  // Of row octet / 2.
+  // Of row octet / kLanes.
   const auto scale = kernels::detail::tile_scale(
       half_warp_reduce(amax, [](float a, float b) { return fmaxf(a, b); }), rule);
-  if (octet % 2 == 0 && first + octet / 2 < place.rows) {
-    const int64_t row = place.row0 + first + octet / 2;
+  if (octet % kLanes == 0 && first + octet / kLanes < place.rows) {
+    const int64_t row = place.row0 + first + octet / kLanes;
     out.scales[place.column0 / kTile * out.scale_stride + row] = scale.scale;
   }
   uint8_t* const to = out.data + (place.row0 + first) * place.width + place.column0 + 8 * octet;
 #pragma unroll
   for (int j = 0; j < kBand; ++j) {
-    const float inverse = __shfl_sync(kFullMask, scale.inverse, 2 * j, 16);
+    const float inverse = __shfl_sync(kFullMask, scale.inverse, kLanes * j, 16);
     if (first + j < place.rows) {
       const uint2 codes = encode8([&](int e) { return values.at(j, e); }, inverse);
       store_codes<kVec>(to + j * place.width, codes, left);
@@ -208,8 +219,10 @@ __device__ __forceinline__ void emit_rows(const Values& values, const Fp8Rows& o
   }
 }
 
+template <int kBand = kTileBand>
 struct ColumnShared {
-  alignas(16) float amax[kTileWarps][kTile];
+  static constexpr int kWarps = kTile / kBand / 2;
+  alignas(16) float amax[kWarps][kTile];
   alignas(16) float inverse[kTile];
   uint4 codes[kTile][8];  // [column][16 tokens], swizzled: see swizzle()
 };
@@ -224,7 +237,8 @@ __device__ __forceinline__ int swizzle(int column, int pair) {
 template <typename Values>
 __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& out,
                                              const ScaleRule& rule, const TilePlace& place,
-                                             int64_t padded, ColumnShared& shared) {
+                                             int64_t padded, ColumnShared<Values::kBand>& shared) {
+  constexpr int kBand = Values::kBand, kWarps = ColumnShared<kBand>::kWarps;
   const int octet = tile_octet(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   values.forget();
   typename Values::Row top;
@@ -243,7 +257,7 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
     const int column = threadIdx.x;
     float top = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kTileWarps; ++w) top = fmaxf(top, shared.amax[w][column]);
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.amax[w][column]);
     const auto scale = kernels::detail::tile_scale(top, rule);
     shared.inverse[column] = scale.inverse;
     if (place.column0 + column < place.width) {
@@ -258,15 +272,22 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int column = 8 * octet + e;
-    const uint2 codes = encode8([&](int j) { return values.at(j, e); }, inverse[e]);
-    // Note: 8-byte chunk `band` of the column, at chunk band ^ octet: the 16 lanes of a half warp
-    // write to 16 different chunks of 128 bytes.
-    reinterpret_cast<uint2*>(shared.codes[column])[band ^ octet] = codes;
+    // Note: 8-byte chunk i of the column stands at i ^ octet: the 16 lanes of a half warp write to
+    // 16 different chunks of 128 bytes.
+    if constexpr (kBand == 8) {
+      const uint2 codes = encode8([&](int j) { return values.at(j, e); }, inverse[e]);
+      reinterpret_cast<uint2*>(shared.codes[column])[band ^ octet] = codes;
+    } else {
+      static_assert(kBand == 4);
+      const auto code = [&](int j) { return __fmul_rn(values.at(j, e), inverse[e]); };
+      const uint32_t codes = encode4(code(0), code(1), code(2), code(3));
+      reinterpret_cast<uint32_t*>(shared.codes[column])[band ^ (2 * octet)] = codes;
+    }
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kTile * 8 / kTileThreads; ++i) {
-    const int from_octet = lane / 8 + 4 * i, column = 8 * from_octet + warp, pair = lane % 8;
+  for (int n = warp; n < 4 * 8; n += kWarps) {
+    const int from_octet = lane / 8 + n / 8 * 4, column = 8 * from_octet + n % 8, pair = lane % 8;
     uint4 codes = shared.codes[column][swizzle(column, pair)];
     if (from_octet % 2 != 0) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
     if (place.column0 + column < place.width) {
