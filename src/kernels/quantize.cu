@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
 template <bool kVec, typename T>
 __device__ __forceinline__ void store_row(T* y, const float (&v)[8], int64_t left) {
   if constexpr (kVec) {
-    if (left > 0) detail::store8(y, v);
+    detail::Packed<T> packed;
+    packed.set(v);
+    if (left > 0) packed.store_once(y);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -194,10 +196,16 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(Dequantize p, 
   for (int j = 0; j < kTileBand; ++j) {
     const bool exists = first + j < place.rows;
     values.template load<kVec>(j, p.data + offset + j * p.width, exists ? left : 0);
-    const float* scale = p.tiling == Fp8Tiling::kRows
-                             ? p.scales + tile * p.scale_stride + row0 + first + j
-                             : p.scales + row0 / kTile * p.scale_stride + tile;
-    values.scale[j] = exists ? *scale : 0.0f;
+  }
+  // Two lanes load a row's scale, and pass it on to the sixteen of the row.
+  const int mine = first + detail::tile_octet() / 2;
+  const float* from = p.tiling == Fp8Tiling::kRows
+                          ? p.scales + tile * p.scale_stride + row0 + mine
+                          : p.scales + row0 / kTile * p.scale_stride + tile;
+  const float scale = mine < place.rows ? *from : 0.0f;
+#pragma unroll
+  for (int j = 0; j < kTileBand; ++j) {
+    values.scale[j] = __shfl_sync(detail::kFullMask, scale, 2 * j, 16);
   }
 #pragma unroll
   for (int j = 0; j < kTileBand; ++j) {

@@ -3,9 +3,9 @@
 // FP8 tiles on the device. A block holds 128×128 numbers in registers: thread (octet = t mod 16,
 // band = t / 16) has 8 columns from 8·octet in kBand rows from kBand·band; 256 threads with 8 rows,
 // or 512 with 4 where several inputs leave no registers for more. A row of the tile is 16
-// neighbouring lanes, which reduce all their rows' maxima at once; its codes leave in 128-byte runs.
-// A column's maximum goes through shared memory; its codes too, swizzled so that neither side has
-// bank conflicts, and leave 16 bytes a thread in 128-byte runs along the tokens.
+// neighbouring lanes, which reduce all their rows' maxima at once; its codes leave in 128-byte
+// runs. A column's maximum goes through shared memory; its codes too, swizzled so that neither side
+// has bank conflicts, and leave 16 bytes a thread in 128-byte runs along the tokens.
 
 #include "kernels/detail/fp8_values.cuh"
 #include "kernels/detail/launch.cuh"

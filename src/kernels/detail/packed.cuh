@@ -35,6 +35,10 @@ struct Packed<__nv_bfloat16> {
   __device__ __forceinline__ void store(__nv_bfloat16* x) const {
     *reinterpret_cast<uint4*>(x) = raw;
   }
+  /// Not read soon: the first to leave the caches.
+  __device__ __forceinline__ void store_once(__nv_bfloat16* x) const {
+    __stcs(reinterpret_cast<uint4*>(x), raw);
+  }
   __device__ __forceinline__ float at(int e) const {
     const uint32_t word = e < 4 ? (e < 2 ? raw.x : raw.y) : (e < 6 ? raw.z : raw.w);
     return __uint_as_float(e % 2 == 0 ? word << 16 : word & 0xffff0000u);
@@ -101,6 +105,10 @@ struct Packed<float> {
   }
   __device__ __forceinline__ void store(float* x) const {
     store8(x, v);
+  }
+  __device__ __forceinline__ void store_once(float* x) const {
+    __stcs(reinterpret_cast<float4*>(x), make_float4(v[0], v[1], v[2], v[3]));
+    __stcs(reinterpret_cast<float4*>(x) + 1, make_float4(v[4], v[5], v[6], v[7]));
   }
   __device__ __forceinline__ float at(int e) const {
     return v[e];
