@@ -22,7 +22,7 @@ using detail::kVector;
 constexpr int kChunk = 32;  // sorted tokens per block
 constexpr int kThreads = 128;
 constexpr int kBatch = 4;  // vectors of a thread whose loads are in flight together
-constexpr int kJoinLanes = 32, kJoinRows = 8, kJoinTiles = 4;
+constexpr int kJoinLanes = 32, kJoinRows = 8;
 
 constexpr int64_t aligned(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -185,19 +185,28 @@ __device__ __forceinline__ void add_to_row(G* row, const float (&sum)[kVec]) {
   detail::store_n<kVec>(row, v);
 }
 
-/// The shares of the run `id` from `chunk` to chunk `last` in columns `column`…, added to its row
-/// by all threads of the block.
+/// grid (chunks, column tiles), blockDim (kJoinLanes, kJoinRows): the chunk in which a crossing run
+/// begins adds the run's shares.
 template <typename G, int kVec>
-__device__ void join_columns(const EmbeddingBackward& p, const Scratch& s, int32_t id,
-                             int64_t chunk, int64_t last, int64_t column) {
+__global__ void __launch_bounds__(kJoinLanes* kJoinRows)
+    join_chunks_kernel(EmbeddingBackward p, Scratch s) {
   __shared__ __align__(16) float parts[kJoinRows][kJoinLanes * kVec];
+  const int64_t begin = int64_t{blockIdx.x} * kChunk, end = begin + kChunk;
+  if (end >= p.num_tokens) return;
+  const int32_t before = begin > 0 ? s.sorted_ids[begin - 1] : -1;
+  const int32_t id = s.sorted_ids[end - 1], next = s.sorted_ids[end];
+  if (next != id || before == id || id < 0 || id >= p.vocab) return;  // or it began earlier
+  const int64_t last = last_of_run(s, p.num_tokens, int64_t{blockIdx.x} + 1, id);
+  const int64_t column = (int64_t{blockIdx.y} * kJoinLanes + threadIdx.x) * kVec;
   const bool inside = column < p.hidden;
   float sum[kVec] = {};
   if (inside) {
     const float* const shares = s.shares + column;
-    if (threadIdx.y == 0) detail::load_n<kVec>(shares + (chunk * 2 + 1) * p.hidden, sum);
+    if (threadIdx.y == 0) {
+      detail::load_n<kVec>(shares + (blockIdx.x * int64_t{2} + 1) * p.hidden, sum);
+    }
 #pragma unroll 4
-    for (int64_t c = chunk + 1 + threadIdx.y; c <= last; c += kJoinRows) {
+    for (int64_t c = int64_t{blockIdx.x} + 1 + threadIdx.y; c <= last; c += kJoinRows) {
       float v[kVec];
       detail::load_n<kVec>(shares + c * 2 * p.hidden, v);
 #pragma unroll
@@ -206,31 +215,12 @@ __device__ void join_columns(const EmbeddingBackward& p, const Scratch& s, int32
     detail::store_n<kVec>(&parts[threadIdx.y][threadIdx.x * kVec], sum);
   }
   __syncthreads();
-  if (inside && threadIdx.y == 0) {
-    for (int row = 1; row < kJoinRows; ++row) {
+  if (!inside || threadIdx.y != 0) return;
+  for (int row = 1; row < kJoinRows; ++row) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) sum[e] += parts[row][threadIdx.x * kVec + e];
-    }
-    add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
+    for (int e = 0; e < kVec; ++e) sum[e] += parts[row][threadIdx.x * kVec + e];
   }
-  __syncthreads();  // `parts` may be overwritten
-}
-
-/// grid (chunks, column tiles / kJoinTiles), blockDim (kJoinLanes, kJoinRows): the chunk in which a
-/// crossing run begins adds the run's shares.
-template <typename G, int kVec>
-__global__ void __launch_bounds__(kJoinLanes* kJoinRows)
-    join_chunks_kernel(EmbeddingBackward p, Scratch s) {
-  const int64_t chunk = blockIdx.x, begin = chunk * kChunk, end = begin + kChunk;
-  if (end >= p.num_tokens) return;
-  const int32_t before = begin > 0 ? s.sorted_ids[begin - 1] : -1;
-  const int32_t id = s.sorted_ids[end - 1], next = s.sorted_ids[end];
-  if (next != id || before == id || id < 0 || id >= p.vocab) return;  // or it began earlier
-  const int64_t last = last_of_run(s, p.num_tokens, chunk + 1, id);
-  for (int tile = 0; tile < kJoinTiles; ++tile) {
-    const int64_t lane = (int64_t{blockIdx.y} * kJoinTiles + tile) * kJoinLanes + threadIdx.x;
-    join_columns<G, kVec>(p, s, id, chunk, last, lane * kVec);
-  }
+  add_to_row<kVec>(static_cast<G*>(p.dtable) + id * p.hidden + column, sum);
 }
 
 template <typename T, typename G, int kVec>
@@ -239,8 +229,7 @@ void launch_backward(const EmbeddingBackward& p, const Scratch& s, cudaStream_t 
   const int64_t tiles = (p.hidden + kThreads * kVec - 1) / (kThreads * kVec);
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(tiles));
   sum_chunk_kernel<T, G, kVec><<<grid, kThreads, 0, stream>>>(p, s);
-  constexpr int kJoinColumns = kJoinLanes * kJoinTiles * kVec;
-  const int64_t join_tiles = (p.hidden + kJoinColumns - 1) / kJoinColumns;
+  const int64_t join_tiles = (p.hidden + kJoinLanes * kVec - 1) / (kJoinLanes * kVec);
   const dim3 join_grid(static_cast<unsigned>(chunks), static_cast<unsigned>(join_tiles));
   join_chunks_kernel<G, kVec><<<join_grid, dim3(kJoinLanes, kJoinRows), 0, stream>>>(p, s);
 }
