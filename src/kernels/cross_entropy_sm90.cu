@@ -1,22 +1,21 @@
 // Softmax cross-entropy in one read and one write of memory, for rows that no single
-// multiprocessor holds (V = 129,280 in BF16 is 258 KB): a cluster of thread blocks keeps a row,
-// each block a slice of it. Two blocks hold V3's row; clusters of two leave no multiprocessor idle.
+// multiprocessor holds (V = 129,280 in BF16 is 258 KB): a cluster of up to 8 thread blocks keeps a
+// row, each block a slice of it.
 //
-// A cluster takes every n-th row. Within a block each warp works by itself: it takes every 16th
-// chunk (1 KB) of the slice, and passes its chunks of one row after the other through a ring of
-// stages in shared memory, which the copy engine loads and stores. In step s a warp
-//   1. overwrites its chunk s - n - kLag by the gradient (n chunks are the warp's part of a row),
-//      where a row's first chunk waits for the messages of all warps,
-//   2. hands that chunk to the copy engine to be stored, and lets it load a chunk into the stage of
-//      the one before, whose store has left shared memory,
-//   3. waits for its chunk s and adds it to its maximum and sum of exponentials; behind the row's
-//      last chunk it sends both to all warps of the cluster.
-// So a row leaves at the pace at which the next one comes in, and no warp waits for another's
-// latency: messages have kLag steps to arrive. They are stored into the blocks' shared memory
-// asynchronously and counted there at a barrier. Sums are joined in a fixed order: the same bits on
-// every run.
+// A cluster takes every n-th row. A block has several stages, slices of consecutive rows, in
+// shared memory: the copy engine loads the rows ahead and stores the rows behind while the threads
+// work. Half of the threads look for each slice's largest logit and sum of exponentials and send
+// them to all blocks of the cluster; the other half wait for all blocks' numbers of a row,
+// overwrite its slice in shared memory by the gradient, hand it to the copy engine to be stored and
+// let it load a row ahead into the stage whose store has left shared memory. The halves work on
+// different rows at the same time, so that what one waits for (barriers, reductions, other blocks)
+// is hidden behind the other's arithmetic; all that joins them is the messages and the stages.
 //
-// Bytes: T·V read, T·V written. Two exponentials an element take 45 % of the time in which an H200
+// Messages are stored into the other blocks' shared memory asynchronously and counted there at a
+// barrier; a barrier of the whole cluster for each row would flush the memory pipeline. Sums are
+// joined in a fixed order: the same bits on every run.
+//
+// Bytes: T·V read, T·V written. Two exponentials an element take 59 % of the time in which an H200
 // moves it.
 
 #include <algorithm>
@@ -30,13 +29,18 @@ namespace {
 
 using detail::kWarp;
 using detail::Softmax;
-using Plan = kernels::detail::CrossEntropyPlan;
+using kernels::detail::CrossEntropyPlan;
 namespace ptx = detail::ptx;
 
-constexpr int kWarps = Plan::kWarps;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kWords = Plan::kChunkBytes / 16 / kWarp;  // 16-byte words of a lane in a chunk
-static_assert(kWords * 16 * kWarp == Plan::kChunkBytes);
+constexpr int kScanThreads = 256, kGradientThreads = 256;
+constexpr int kThreads = kScanThreads + kGradientThreads, kScanWarps = kScanThreads / kWarp;
+constexpr int kScanBarrier = 1, kGradientBarrier = 2;
+constexpr int kMostStages = 8, kMostBlocks = 8;
+constexpr int kMostWords = 44 * 1024 / 16;  // of a slice
+/// Rows whose messages are on their way or being read. A block sends row k's when its own gradient
+/// of row k - stages is complete, which needed every other block's numbers of that row, and these
+/// were sent when that block's gradient of row k - 2 · stages was complete.
+constexpr int kSlots = 2 * kMostStages;
 
 __device__ __forceinline__ void wait_loaded(uint64_t* barrier, uint32_t parity) {
   while (!ptx::barrier_try_wait(barrier, parity)) {
@@ -47,299 +51,228 @@ __device__ __forceinline__ void wait_received(uint64_t* barrier, uint32_t parity
   }
 }
 
-/// Logits in 16 bytes.
+/// What a block tells the others of a row: largest, sum, argmax, the label's logit (-inf where the
+/// block does not hold it).
+__device__ __forceinline__ uint4 message(const Softmax& s, float label_logit) {
+  return make_uint4(__float_as_uint(s.largest), __float_as_uint(s.sum), s.argmax,
+                    __float_as_uint(label_logit));
+}
+
+/// A row as all blocks of the cluster know it.
+struct Row {
+  Softmax softmax;
+  float label_logit;
+};
+__device__ __forceinline__ Row join_blocks(const uint4* messages, int blocks) {
+  const int lane = threadIdx.x % kWarp;
+  Softmax s = detail::empty_softmax();
+  float label_logit = -INFINITY;
+  if (lane < blocks) {
+    const uint4 m = messages[lane];
+    s.largest = __uint_as_float(m.x);
+    s.sum = __uint_as_float(m.y);
+    s.argmax = m.z;
+    label_logit = __uint_as_float(m.w) + 0.0f;
+  }
+  __syncwarp();
+  return {detail::join_lanes(s), detail::warp_largest(label_logit)};
+}
+
+/// Overwrites the slice by its gradient; `label` within the slice, or outside it. By `thread` of
+/// kGradientThreads.
 template <typename T>
-inline constexpr int kPerWord = detail::kPerWord<T, uint4>;
-
-/// What a lane has seen of a row.
-struct Scan {
-  float largest = -INFINITY;
-  float power = 0.0f;  // reference_power(largest)
-  float sum = 0.0f;    // as Softmax's
-  int best = 0;        // the first chunk with the largest, among the warp's
-  int best_stage = 0;  // where it stands
-
-  /// Adds chunk j of the row: its largest first, on packed pairs, then an exponential a logit.
-  template <typename T>
-  __device__ __forceinline__ void add(const uint4* chunk, int words, int j, int stage) {
-    constexpr int kPer = kPerWord<T>;
-    const int lane = threadIdx.x % kWarp;
-    constexpr uint32_t kEmpty = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;  // -inf
-    uint4 w[kWords];
-    float top = -INFINITY;
+__device__ __forceinline__ void write_gradient(uint4* slice, int words, int thread, int64_t label,
+                                               const Row& row, float scale) {
+  constexpr int kPer = detail::kPerWord<T, uint4>;
+  const float factor = scale / row.softmax.sum;
+  const float power = detail::reference_power(row.softmax.largest);
+#pragma unroll 2
+  for (int i = thread; i < words; i += kGradientThreads) {
+    float v[kPer];
+    detail::unpack<T>(slice[i], v);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      w[i] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-      if (lane + i * kWarp < words) w[i] = chunk[lane + i * kWarp];
-      top = fmaxf(top, detail::largest_of<T>(w[i]));
-    }
-    if (top > largest) {
-      const float before = power;
-      power = detail::reference_power(top);
-      if (largest != -INFINITY) sum *= ptx::exp2_approx(before - power);
-      largest = top;
-      best = j;
-      best_stage = stage;
-    }
-    float parts[2] = {};
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      float v[kPer];
-      detail::unpack<T>(w[i], v);
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) parts[e % 2] += detail::scaled_exp(v[e], power);
-    }
-    sum += parts[0] + parts[1];
+    for (int e = 0; e < kPer; ++e) v[e] = factor * detail::scaled_exp(v[e], power);
+    detail::pack<T>(v, slice[i]);
   }
-
-  /// Where in `chunk` the lane's first largest logit stands, in logits.
-  template <typename T>
-  __device__ int place(const uint4* chunk, int words) const {
-    constexpr int kPer = kPerWord<T>;
-    const int lane = threadIdx.x % kWarp;
-    int place = 0;
-#pragma unroll
-    for (int i = kWords - 1; i >= 0; --i) {
-      if (lane + i * kWarp >= words) continue;
-      float v[kPer];
-      detail::unpack<T>(chunk[lane + i * kWarp], v);
-#pragma unroll
-      for (int e = kPer - 1; e >= 0; --e) {
-        place = v[e] == largest ? (lane + i * kWarp) * kPer + e : place;
-      }
-    }
-    return place;
+  if (label >= 0 && label < int64_t{words} * kPer && label / kPer % kGradientThreads == thread) {
+    const float p = factor * detail::scaled_exp(row.label_logit, power);
+    reinterpret_cast<T*>(slice)[label] = detail::from_float<T>(p - scale);
   }
-};
+}
 
-/// A block's shared memory.
-struct Shared {
-  unsigned char* ring;  // [kWarps, stages, kChunkBytes]
-  uint4* messages;      // [kSlots, blocks · kWarps], written by all blocks
-  uint64_t* loaded;     // [kWarps, stages] barriers
-  uint64_t* received;   // [kSlots] barriers
+__device__ void write_zeros(uint4* slice, int words, int thread) {
+#pragma unroll 1
+  for (int i = thread; i < words; i += kGradientThreads) slice[i] = make_uint4(0, 0, 0, 0);
+}
 
-  __device__ Shared(unsigned char* base, const Plan& plan)
-      : ring(base),
-        messages(reinterpret_cast<uint4*>(base + plan.stages * kWarps * Plan::kChunkBytes)),
-        loaded(reinterpret_cast<uint64_t*>(messages + Plan::kSlots * plan.blocks * kWarps)),
-        received(loaded + plan.stages * kWarps) {}
-};
-
-/// A place in the sequence of a warp's chunks: chunk j of a row, the stage it passes through, and
-/// the parity of that stage's barrier.
-struct Cursor {
-  int row = 0, j = 0, stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance(int chunks, int stages) {
-    if (++j == chunks) {
-      j = 0;
-      ++row;
-    }
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-/// The chunks of one warp.
+/// A block's slice of its cluster's rows, and the stages they pass through.
 template <typename T>
-struct Chunks {
-  T* first;             // the warp's first chunk of the cluster's first row
-  int64_t row_stride;   // elements to the cluster's next row
-  int num_rows, count;  // of the cluster; the warp's chunks of a row
-  uint32_t last_bytes;  // of a row's last chunk; the others have kChunkBytes
-  int stages;
-  unsigned char* ring;  // the warp's
-  uint64_t* loaded;     // the warp's
+struct Slices {
+  T* first;            // of the cluster's first row
+  int64_t row_stride;  // elements to the cluster's next row
+  int num_rows;
+  uint32_t bytes;
+  unsigned char* buffers;
+  int64_t stage_bytes;
+  uint64_t* loaded;  // [stages] barriers
 
-  __device__ __forceinline__ uint4* at(int stage) const {
-    return reinterpret_cast<uint4*>(ring + stage * Plan::kChunkBytes);
+  __device__ uint4* at(int stage) const {
+    return reinterpret_cast<uint4*>(buffers + stage * stage_bytes);
   }
-  __device__ __forceinline__ uint32_t bytes(int j) const {
-    return j == count - 1 ? last_bytes : uint32_t{Plan::kChunkBytes};
+  __device__ void load(int row, int stage) const {
+    if (row >= num_rows) return;
+    ptx::barrier_expect(loaded + stage, bytes);
+    ptx::bulk_load(at(stage), first + row * row_stride, bytes, loaded + stage);
   }
-  __device__ __forceinline__ int words(int j) const { return static_cast<int>(bytes(j) / 16); }
-  __device__ __forceinline__ T* global(const Cursor& c) const {
-    return first + c.row * row_stride + c.j * (kWarps * Plan::kChunkBytes / int{sizeof(T)});
-  }
-  __device__ __forceinline__ void load(const Cursor& c) const {
-    ptx::barrier_expect(loaded + c.stage, bytes(c.j));
-    ptx::bulk_load(at(c.stage), global(c), bytes(c.j), loaded + c.stage);
-  }
-  __device__ __forceinline__ void store(const Cursor& c) const {
-    ptx::bulk_store(global(c), at(c.stage), bytes(c.j));
+  __device__ void store(int row, int stage) const {
+    ptx::bulk_store(first + row * row_stride, at(stage), bytes);
     ptx::bulk_commit();
   }
 };
 
-/// A block's part of the work.
-struct Block {
-  CrossEntropy p;
-  Shared shared;
-  int blocks, rank;           // of the cluster
-  int64_t clusters, cluster;  // row r of the cluster is token cluster + r · clusters
-  int64_t begin, size;        // ids of the slice
-  float scale;
+/// The stage of a row, and the parity of its barrier's phase.
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance(int stages) {
+    if (++index < stages) return;
+    index = 0;
+    parity ^= 1;
+  }
 };
 
-/// Sends the warp's softmax of a row to all warps of the cluster. Two slots do: a warp that sends
-/// row k's has received row k-1's, so that all warps have sent that, and each of them had received
-/// row k-2's before. This needs n > kLag.
-__device__ __forceinline__ void send(const Block& block, int row, const Softmax& s) {
-  const Shared& shared = block.shared;
-  const int blocks = block.blocks;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, slot = row % Plan::kSlots;
-  if (warp == 0 && lane == 0) {
-    ptx::barrier_expect(shared.received + slot,
-                        static_cast<uint32_t>(blocks * kWarps * sizeof(uint4)));
+struct alignas(16) Shared {
+  uint4 messages[kSlots][kMostBlocks];  // written by all blocks
+  uint64_t loaded[kMostStages], received[kSlots];
+  Softmax parts[2][kScanWarps];
+};
+
+static_assert(sizeof(Shared) + CrossEntropyPlan::kSharedBytes <= 227 * 1024);
+
+/// Where a block stands.
+struct Place {
+  int rank;                   // in its cluster
+  int64_t clusters, cluster;  // of the grid
+  int64_t begin, count;       // the slice's first id and its elements
+  int words;                  // of 16 bytes
+};
+
+/// Sends this block's softmax of row k to all blocks of the cluster; one warp. `label_logit` is
+/// -inf where another block holds it.
+__device__ void send(Shared& shared, int k, int rank, int blocks, const Softmax& s,
+                     float label_logit) {
+  const int lane = threadIdx.x % kWarp, slot = k % kSlots;
+  if (lane == 0) {
+    ptx::barrier_expect(shared.received + slot, blocks * static_cast<int>(sizeof(uint4)));
   }
   if (lane < blocks) {
-    const int from = block.rank * kWarps + warp;
-    const uint32_t to = ptx::shared_address(shared.messages + slot * blocks * kWarps + from);
+    const uint32_t to = ptx::shared_address(&shared.messages[slot][rank]);
     const uint32_t barrier = ptx::shared_address(shared.received + slot);
-    ptx::store_cluster(ptx::cluster_address(to, lane),
-                       make_uint4(__float_as_uint(s.largest), __float_as_uint(s.sum), s.argmax, 0),
+    ptx::store_cluster(ptx::cluster_address(to, lane), message(s, label_logit),
                        ptx::cluster_address(barrier, lane));
   }
   __syncwarp();
 }
 
-/// The row as all warps of the cluster know it, when they have sent it.
-__device__ Softmax receive(const Block& block, int row) {
-  const int slot = row % Plan::kSlots, count = block.blocks * kWarps;
-  wait_received(block.shared.received + slot, row / Plan::kSlots % 2);
-  Softmax s = detail::empty_softmax();
-  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
-    const uint4 m = block.shared.messages[slot * count + i];
-    s.merge({__uint_as_float(m.x), __uint_as_float(m.y), m.z});
-  }
-  __syncwarp();
-  return detail::join_lanes(s);
-}
-
-/// What a warp knows of the row whose gradient it writes.
-struct Target {
-  Softmax softmax;
-  float factor, power;  // gradient = factor · 2^(logit · log2 e - power)
-  int64_t token;
-  int label, next_label;  // next_label: of the cluster's next row, loaded ahead
-  bool valid;             // the label is an id
-  int label_chunk;        // the warp's chunk with the label, or -1
-  int label_place;        // the label within that chunk
-};
-
-/// The warp's softmax of a row whose chunks it has all seen; `begin` is the slice's first id.
+/// The first half of the threads: what each row's slice adds to its softmax.
 template <typename T>
-__device__ Softmax close_scan(const Chunks<T>& chunks, const Scan& scan, int64_t begin) {
-  constexpr int kPerChunk = Plan::kChunkBytes / int{sizeof(T)};
-  Softmax s{scan.largest, scan.sum, ~0u};
-  const float top = detail::warp_largest(scan.largest + 0.0f);
-  if (scan.largest == top && top != -INFINITY) {
-    const int place = scan.place<T>(chunks.at(scan.best_stage), chunks.words(scan.best));
-    const int chunk = scan.best * kWarps + static_cast<int>(threadIdx.x / kWarp);
-    s.argmax = static_cast<unsigned>(begin + int64_t{chunk} * kPerChunk + place);
-  }
-  __syncwarp();
-  return detail::join_lanes(s);
-}
-
-/// Begins the gradient of the cluster's row `row`, whose label is `label`.
-template <typename T>
-__device__ __forceinline__ Target begin_row(const Block& block, int row, int label) {
-  constexpr int kPerChunk = Plan::kChunkBytes / int{sizeof(T)};
-  const CrossEntropy& p = block.p;
+__device__ void scan_rows(const CrossEntropy& p, const CrossEntropyPlan& plan, const Place& place,
+                          const Slices<T>& slices, Shared& shared) {
+  constexpr int kWords = (kMostWords + kScanThreads - 1) / kScanThreads;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  Target t;
-  t.token = block.cluster + row * block.clusters;
-  t.label = label;
-  const int64_t next = t.token + block.clusters;
-  t.next_label = next < p.num_tokens ? p.labels[next] : kIgnoredLabel;
-  t.valid = label >= 0 && label < p.vocab;
-  t.softmax = receive(block, row);
-  t.factor = block.scale / t.softmax.sum;
-  t.power = detail::reference_power(t.softmax.largest);
-  const int64_t local = label - block.begin;
-  const int chunk = static_cast<int>(local / kPerChunk);
-  const bool ours = t.valid && local >= 0 && local < block.size && chunk % kWarps == warp;
-  t.label_chunk = ours ? chunk / kWarps : -1;
-  t.label_place = ours ? static_cast<int>(local % kPerChunk) : 0;
-  if (!t.valid && block.rank == 0 && warp == 0 && lane == 0) {
-    p.losses[t.token] = label == kIgnoredLabel ? 0.0f : NAN;
-    p.correct[t.token] = 0;
-  }
-  return t;
-}
-
-/// Overwrites a chunk by its gradient. The lane that has the label writes the loss.
-template <typename T>
-__device__ __forceinline__ void write_gradient(const Block& block, const Target& t, uint4* chunk,
-                                               int words, int j) {
-  constexpr int kPer = kPerWord<T>;
-  const int lane = threadIdx.x % kWarp;
-  const bool has_label = j == t.label_chunk && t.label_place / kPer % kWarp == lane;
-  T* const at = reinterpret_cast<T*>(chunk) + t.label_place;
-  const float logit = has_label ? detail::to_float(*at) : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    if (lane + i * kWarp >= words) continue;
-    float v[kPer];
-    detail::unpack<T>(chunk[lane + i * kWarp], v);
-#pragma unroll
-    for (int e = 0; e < kPer; ++e) v[e] = t.factor * detail::scaled_exp(v[e], t.power);
-    uint4 word;
-    detail::pack<T>(v, word);
-    chunk[lane + i * kWarp] = t.valid ? word : make_uint4(0, 0, 0, 0);
-  }
-  if (has_label) {
-    *at = detail::from_float<T>(t.factor * detail::scaled_exp(logit, t.power) - block.scale);
-    block.p.losses[t.token] = t.softmax.loss(logit);
-    block.p.correct[t.token] = t.softmax.argmax == static_cast<unsigned>(t.label);
+  Stage stage;
+  int label_next = p.labels[place.cluster];
+  for (int k = 0; k < slices.num_rows; ++k, stage.advance(plan.stages)) {
+    const int label = label_next;
+    if (k + 1 < slices.num_rows) label_next = p.labels[place.cluster + (k + 1) * place.clusters];
+    wait_loaded(shared.loaded + stage.index, stage.parity);
+    detail::LogitChunk<T, uint4, kScanThreads, kWords> chunk;
+    chunk.load(slices.at(stage.index), place.words);
+    const Softmax part = chunk.scan(static_cast<unsigned>(place.begin));
+    if (lane == 0) shared.parts[k % 2][warp] = part;
+    ptx::group_barrier(kScanBarrier, kScanThreads);
+    if (warp != 0) continue;
+    const Softmax s =
+        detail::join_lanes(lane < kScanWarps ? shared.parts[k % 2][lane] : detail::empty_softmax());
+    const int64_t local = label - place.begin;
+    const bool ours = label >= 0 && local >= 0 && local < place.count;
+    const auto* slice = reinterpret_cast<const T*>(slices.at(stage.index));
+    const float label_logit = ours ? detail::to_float(slice[local]) : -INFINITY;
+    __syncwarp();  // all lanes have read the slice before it may be overwritten
+    send(shared, k, place.rank, plan.blocks, s, label_logit);
   }
 }
 
+/// The second half: each row's gradient, and the copies.
 template <typename T>
-__device__ Chunks<T> chunks_of(const Block& block, int stages) {
-  constexpr int kPerChunk = Plan::kChunkBytes / int{sizeof(T)};
-  const int warp = threadIdx.x / kWarp;
-  const int all = static_cast<int>((block.size + kPerChunk - 1) / kPerChunk);
-  const int count = (all - warp + kWarps - 1) / kWarps;
-  const bool has_end = (count - 1) * kWarps + warp == all - 1;
-  const int64_t last = has_end ? block.size - int64_t{all - 1} * kPerChunk : kPerChunk;
-  const int64_t rows = block.p.num_tokens - block.cluster;
-  return {.first = static_cast<T*>(block.p.logits) + block.cluster * block.p.vocab + block.begin +
-                   warp * kPerChunk,
-          .row_stride = block.clusters * block.p.vocab,
-          .num_rows = static_cast<int>((rows + block.clusters - 1) / block.clusters),
-          .count = count,
-          .last_bytes = static_cast<uint32_t>(last * int64_t{sizeof(T)}),
-          .stages = stages,
-          .ring = block.shared.ring + warp * stages * Plan::kChunkBytes,
-          .loaded = block.shared.loaded + warp * stages};
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) cluster_kernel(CrossEntropy p, Plan plan) {
-  extern __shared__ __align__(128) unsigned char base[];
-  const int rank = static_cast<int>(ptx::cluster_rank()), lane = threadIdx.x % kWarp;
-  const Block block{.p = p,
-                    .shared = Shared(base, plan),
-                    .blocks = plan.blocks,
-                    .rank = rank,
-                    .clusters = gridDim.x / plan.blocks,
-                    .cluster = blockIdx.x / plan.blocks,
-                    .begin = rank * plan.slice,
-                    .size = min(plan.slice, p.vocab - rank * plan.slice),
-                    .scale = *p.scale};
-  const Chunks<T> chunks = chunks_of<T>(block, plan.stages);
-  const int count = chunks.count;
-  if (lane == 0) {
-    for (int i = 0; i < plan.stages; ++i) ptx::barrier_init(chunks.loaded + i, 1);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < Plan::kSlots; ++i) ptx::barrier_init(block.shared.received + i, 1);
+__device__ void write_rows(const CrossEntropy& p, const CrossEntropyPlan& plan, const Place& place,
+                           const Slices<T>& slices, Shared& shared) {
+  const int thread = threadIdx.x - kScanThreads;
+  const bool copies = thread == kGradientThreads - kWarp;  // it feeds the copy engine
+  if (copies) {
+    for (int row = 0; row < plan.stages; ++row) slices.load(row, row);
+  }
+  const float scale = *p.scale;
+  Stage stage;
+  int label_next = p.labels[place.cluster], stage_before = 0;
+  for (int k = 0; k < slices.num_rows; ++k, stage.advance(plan.stages)) {
+    const int label = label_next;
+    if (k + 1 < slices.num_rows) label_next = p.labels[place.cluster + (k + 1) * place.clusters];
+    wait_loaded(shared.loaded + stage.index, stage.parity);
+    wait_received(shared.received + k % kSlots, k / kSlots % 2);
+    const Row row = join_blocks(shared.messages[k % kSlots], plan.blocks);
+    const bool valid = label >= 0 && label < p.vocab;
+    if (valid) {
+      write_gradient<T>(slices.at(stage.index), place.words, thread, label - place.begin, row,
+                        scale);
+    } else {
+      write_zeros(slices.at(stage.index), place.words, thread);
     }
+    ptx::fence_async_shared();
+    ptx::group_barrier(kGradientBarrier, kGradientThreads);
+    if (copies) {
+      slices.store(k, stage.index);
+      if (k > 0) {
+        ptx::bulk_wait_read<1>();
+        slices.load(k - 1 + plan.stages, stage_before);
+      }
+    }
+    stage_before = stage.index;
+    if (place.rank == 0 && thread == 0) {
+      const int64_t token = place.cluster + k * place.clusters;
+      const float otherwise = label == kIgnoredLabel ? 0.0f : NAN;
+      p.losses[token] = valid ? row.softmax.loss(row.label_logit) : otherwise;
+      p.correct[token] = valid && row.softmax.argmax == static_cast<unsigned>(label);
+    }
+  }
+  if (copies) ptx::bulk_wait_all();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    cluster_kernel(CrossEntropy p, CrossEntropyPlan plan) {
+  extern __shared__ __align__(128) unsigned char buffers[];
+  __shared__ Shared shared;
+  Place place;
+  place.rank = static_cast<int>(ptx::cluster_rank());
+  place.clusters = gridDim.x / plan.blocks;
+  place.cluster = blockIdx.x / plan.blocks;
+  place.begin = place.rank * plan.slice;
+  place.count = min(plan.slice, p.vocab - place.begin);
+  place.words = static_cast<int>(place.count / detail::kPerWord<T, uint4>);
+  const int64_t rows_left = p.num_tokens - place.cluster;
+  const Slices<T> slices{
+      .first = static_cast<T*>(p.logits) + place.cluster * p.vocab + place.begin,
+      .row_stride = place.clusters * p.vocab,
+      .num_rows = static_cast<int>((rows_left + place.clusters - 1) / place.clusters),
+      .bytes = static_cast<uint32_t>(place.count * sizeof(T)),
+      .buffers = buffers,
+      .stage_bytes = plan.stage_bytes,
+      .loaded = shared.loaded};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.stages; ++i) ptx::barrier_init(shared.loaded + i, 1);
+    for (int i = 0; i < kSlots; ++i) ptx::barrier_init(shared.received + i, 1);
     ptx::fence_barrier_init();
     ptx::fence_async_shared();
   }
@@ -347,43 +280,11 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(CrossEntropy p, Pl
   // Before this no block may write into another, which might not run yet.
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  Cursor scanned, written, loaded;
-  if (lane == 0) {
-    for (int i = 0; i < plan.stages && loaded.row < chunks.num_rows; ++i) {
-      chunks.load(loaded);
-      loaded.advance(count, plan.stages);
-    }
+  if (threadIdx.x < kScanThreads) {
+    scan_rows(p, plan, place, slices, shared);
+  } else {
+    write_rows(p, plan, place, slices, shared);
   }
-  Scan scan;
-  Target target{};
-  target.next_label = p.labels[block.cluster];
-  for (int step = -count - Plan::kLag; written.row < chunks.num_rows; ++step) {
-    if (step >= 0) {
-      if (written.j == 0) target = begin_row<T>(block, written.row, target.next_label);
-      write_gradient<T>(block, target, chunks.at(written.stage), chunks.words(written.j),
-                        written.j);
-      ptx::fence_async_shared();
-      __syncwarp();
-      if (lane == 0) {
-        chunks.store(written);
-        if (step > 0 && loaded.row < chunks.num_rows) {
-          ptx::bulk_wait_read<1>();
-          chunks.load(loaded);
-          loaded.advance(count, plan.stages);
-        }
-      }
-      written.advance(count, plan.stages);
-    }
-    if (scanned.row == chunks.num_rows) continue;
-    wait_loaded(chunks.loaded + scanned.stage, scanned.parity);
-    scan.add<T>(chunks.at(scanned.stage), chunks.words(scanned.j), scanned.j, scanned.stage);
-    if (scanned.j == count - 1) {
-      send(block, scanned.row, close_scan(chunks, scan, block.begin));
-      scan = Scan();
-    }
-    scanned.advance(count, plan.stages);
-  }
-  if (lane == 0) ptx::bulk_wait_all();
 }
 
 bool is_sm90() {
@@ -399,17 +300,17 @@ void check_cuda(cudaError_t error) {
 }
 
 template <typename T>
-bool launch(const CrossEntropy& p, const Plan& plan, cudaStream_t stream) {
+bool launch(const CrossEntropy& p, const CrossEntropyPlan& plan, cudaStream_t stream) {
   auto* const kernel = cluster_kernel<T>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(Plan::kMostSharedBytes)));
+                                  static_cast<int>(CrossEntropyPlan::kSharedBytes)));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(Plan::shared_bytes(plan.blocks, plan.stages));
+  config.dynamicSmemBytes = static_cast<size_t>(CrossEntropyPlan::kSharedBytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -73,6 +73,9 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows, kSecond>)
   extern __shared__ uint4 memory[];
   __shared__ float shared[2][Rows::kThreads / kWarp];
   constexpr int kX = 0, kDy = 1, kSecondDy = 2, kDsum = kSecond ? 3 : 2;  // matrices in the ring
+  // Before the row's sum the next row is asked for in this one's place, whose numbers stay in
+  // registers; with a second norm there are too many of them, and they are read again.
+  constexpr bool kEarly = !kSecond;
   constexpr int kGroup = Rows::kGroup;
   const int lane = threadIdx.x % kGroup;
   const int vectors = static_cast<int>(p.hidden / kVector);
@@ -116,45 +119,53 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows, kSecond>)
     next_inverse = inverse(row + step);
     ring.wait();
     Packed<T> x[kVectors], g[kVectors], g2[kSecond ? kVectors : 1], sum[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    const auto read = [&](int i, bool with_sum) {
       const bool exists = lane + i * kGroup < mine;
       ring.read(kX, i, exists, x[i]), ring.read(kDy, i, exists, g[i]);
       if constexpr (kSecond) ring.read(kSecondDy, i, exists, g2[i]);
-      ring.read(kDsum, i, exists && has_dsum, sum[i]);
-    }
-    float weighted[kVectors][kVector], dot = 0.0f;
+      if (with_sum) ring.read(kDsum, i, exists && has_dsum, sum[i]);
+    };
+    float dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      read(i, kEarly);
       weight[i].forget();
       if constexpr (kSecond) second_weight[i].forget();
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const float normalised = x[i].at(e) * inv_rms;
-        dw[i][e] = fmaf(g[i].at(e), normalised, dw[i][e]);
-        weighted[i][e] = g[i].at(e) * weight[i].at(e);
+        const float gx = g[i].at(e) * x[i].at(e);
+        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
+        dot = fmaf(gx, weight[i].at(e), dot);
         if constexpr (kSecond) {
-          dw2[i][e] = fmaf(g2[i].at(e), normalised, dw2[i][e]);
-          weighted[i][e] = fmaf(g2[i].at(e), second_weight[i].at(e), weighted[i][e]);
+          const float g2x = g2[i].at(e) * x[i].at(e);
+          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
+          dot = fmaf(g2x, second_weight[i].at(e), dot);
         }
-        dot = fmaf(weighted[i][e], x[i].at(e), dot);
       }
-      x[i].forget();
-      sum[i].forget();  // what was read is in registers before its place is asked for again
+      if constexpr (kEarly) {
+        // What was read is in registers before its place is asked for again.
+        x[i].forget(), g[i].forget(), sum[i].forget();
+      }
     }
-    ask(row + stages * step);
+    if constexpr (kEarly) ask(row + stages * step);
     dot = detail::row_sum<Rows>(dot, shared[turn]);
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int c = lane + i * kGroup;
+      if constexpr (!kEarly) read(i, true);
+      weight[i].forget();
+      if constexpr (kSecond) second_weight[i].forget();
       float out[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        out[e] = sum[i].at(e) + (weighted[i][e] * inv_rms - x[i].at(e) * slope);
+        float weighted = g[i].at(e) * weight[i].at(e);
+        if constexpr (kSecond) weighted = fmaf(g2[i].at(e), second_weight[i].at(e), weighted);
+        out[e] = sum[i].at(e) + (weighted * inv_rms - x[i].at(e) * slope);
       }
+      const int c = lane + i * kGroup;
       if (c < mine) detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
     }
+    if constexpr (!kEarly) ask(row + stages * step);
   }
   float* shares = reinterpret_cast<float*>(memory);
   if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);

@@ -72,6 +72,11 @@ __device__ __forceinline__ uint32_t e4m3x4(float a, float b, float c, float d) {
   return y;
 }
 
+/// Waits until `threads` threads of the block, a multiple of 32, have come to barrier `id`, 1 … 15.
+__device__ __forceinline__ void group_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Clusters of thread blocks.
 
 __device__ __forceinline__ uint32_t cluster_rank() {
