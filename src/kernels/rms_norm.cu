@@ -1,177 +1,166 @@
 // RMSNorm's backward on the device (forward: rms_norm_forward.cu): the grid is as many blocks as
-// partial sums of dweight are kept; whole warps walk over rows, 16 elements a thread, whose next
-// rows are on their way meanwhile (row_ring.cuh), and keep their columns' share of dweight in
+// partial sums of dweight are kept; a group of threads walks over rows, 16 elements a thread, all
+// of a row's loads in flight before the first use, and keeps its columns' share of dweight in
 // registers. Blocks write their shares to scratch, a second kernel adds them in the order of the
 // blocks: no atomics, the same bits on every run. 6·T·D bytes in BF16 (8 with dsum, 8 with a second
 // norm of the same input).
 //
-// Widths that are not multiples of 8, unaligned pointers and rows that shared memory cannot hold
-// take a scalar path.
+// Widths that are not multiples of 8, unaligned pointers and D > 16384 take a scalar path.
 
-#include "kernels/detail/row_groups.cuh"
-#include "kernels/detail/row_ring.cuh"
+#include "kernels/detail/group.cuh"
+#include "kernels/detail/packed.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {
 namespace {
 
+using detail::kGroupBlock;
 using detail::kVector;
 using detail::kWarp;
 using detail::Packed;
 
-constexpr int kVectors = 2;  // of a row, a thread
+constexpr int kBackwardVectors = 2;
 constexpr int kScalarThreads = 256;
 constexpr int kSumThreads = 256, kSumColumns = 8;  // of the sum of the partial sums
+/// Threads per multiprocessor that backward's registers must leave room for.
+constexpr int kResident = 1024;
 /// Of the largest device: the grid fills it once, so that no second wave runs half empty.
 constexpr int64_t kMultiprocessors = 132;
 
-/// Blocks of a multiprocessor, for which registers suffice.
-template <typename Rows, bool kSecond>
-inline constexpr int kBlocks = Rows::kThreads > 448 || (kSecond && Rows::kThreads > 256) ? 1 : 2;
-/// What a multiprocessor should have asked for; more stages than it takes are no faster.
-constexpr int64_t kInFlight = 56 * 1024;
-
-/// The rows' shares of dweight, added in the order of the rows, to this block's row of `partials`.
-/// `shares` [threads · kVectors · 8] is free to use.
-template <typename Rows>
-__device__ __forceinline__ void store_partial(float* partials, int64_t hidden, float* shares,
-                                              const float (&dw)[kVectors][kVector]) {
-  constexpr int kGroup = Rows::kGroup;
+/// The groups' shares of dweight, added in the order of the groups, into this block's row of
+/// `partials`.
+template <int kGroup>
+__device__ __forceinline__ void store_partial(float* partials, int64_t hidden,
+                                              const float (&dw)[kBackwardVectors][kVector]) {
+  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
+  constexpr int kWidth = kGroup * kBackwardVectors * kVector;
   const int lane = threadIdx.x % kGroup;
+  const int64_t vectors = hidden / kVector;
   float* partial = partials + int64_t{blockIdx.x} * hidden;
-  if constexpr (Rows::kRows == 1) {
+  if constexpr (kRows == 1) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t d = int64_t{lane + i * kGroup} * kVector;
-      if (d < hidden) detail::store8(partial + d, dw[i]);
+    for (int i = 0; i < kBackwardVectors; ++i) {
+      const int64_t c = lane + i * kGroup;
+      if (c < vectors) detail::store8(partial + c * kVector, dw[i]);
     }
-    return;
-  }
-  constexpr int kWidth = kGroup * kVectors * kVector;
-  __syncthreads();  // all threads are through with the ring, or with an earlier call
+  } else {
+    __shared__ float shares[kRows][kWidth];
+    __syncthreads();  // an earlier call may still read
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    detail::store8(shares + threadIdx.x / kGroup * kWidth + (lane + i * kGroup) * kVector, dw[i]);
-  }
-  __syncthreads();
-  for (int d = threadIdx.x; d < hidden; d += Rows::kThreads) {
-    float sum = 0.0f;
+    for (int i = 0; i < kBackwardVectors; ++i) {
+      detail::store8(&shares[threadIdx.x / kGroup][(lane + i * kGroup) * kVector], dw[i]);
+    }
+    __syncthreads();
+    for (int64_t d = threadIdx.x; d < hidden; d += kGroupBlock<kGroup>) {
+      float sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < Rows::kRows; ++r) sum += shares[r * kWidth + d];
-    partial[d] = sum;
+      for (int r = 0; r < kRows; ++r) sum += shares[r][d];
+      partial[d] = sum;
+    }
   }
 }
+
+/// A row's vectors of a thread; zeros where none exist.
+template <typename T>
+struct RowPart {
+  Packed<T> part[kBackwardVectors];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kBackwardVectors; ++i) part[i].clear();
+  }
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < kBackwardVectors; ++i) part[i].forget();
+  }
+  template <int kGroup>
+  __device__ __forceinline__ void load(const void* row, int64_t vectors, bool once) {
+#pragma unroll
+    for (int i = 0; i < kBackwardVectors; ++i) {
+      const int64_t c = threadIdx.x % kGroup + i * kGroup;
+      if (c >= vectors) continue;
+      const T* from = static_cast<const T*>(row) + c * kVector;
+      once ? part[i].load_once(from) : part[i].load(from);
+    }
+  }
+  __device__ __forceinline__ float at(int i, int e) const {
+    return part[i].at(e);
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int64_t stride) {
   return static_cast<const T*>(matrix) + row * stride;
 }
 
-template <typename T, typename Rows, bool kSecond>
-__global__ void __launch_bounds__(Rows::kThreads, kBlocks<Rows, kSecond>)
-    backward_kernel(RmsNormBackward p, int64_t partials, int stages) {
-  extern __shared__ uint4 memory[];
-  __shared__ float shared[2][Rows::kThreads / kWarp];
-  constexpr int kX = 0, kDy = 1, kSecondDy = 2, kDsum = kSecond ? 3 : 2;  // matrices in the ring
-  // Before the row's sum the next row is asked for in this one's place, whose numbers stay in
-  // registers; with a second norm there are too many of them, and they are read again.
-  constexpr bool kEarly = !kSecond;
-  constexpr int kGroup = Rows::kGroup;
-  const int lane = threadIdx.x % kGroup;
-  const int vectors = static_cast<int>(p.hidden / kVector);
-  const int64_t step = int64_t{gridDim.x} * Rows::kRows;
-  const int64_t begin = int64_t{blockIdx.x} * Rows::kRows + threadIdx.x / kGroup;
-  const bool has_dsum = p.dsum != nullptr;
-  detail::RowRing<T, kVectors, Rows::kThreads> ring(memory, kDsum + has_dsum, stages);
-  const auto ask = [&](int64_t row) {
-    const int mine = row < p.num_tokens ? vectors : 0;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int c = lane + i * kGroup;
-      if (c >= mine) continue;
-      ring.ask(kX, i, row_of<T>(p.x, row, p.x_stride) + c * kVector);
-      ring.ask(kDy, i, row_of<T>(p.dy, row, p.hidden) + c * kVector);
-      if (kSecond) ring.ask(kSecondDy, i, row_of<T>(p.second_dy, row, p.hidden) + c * kVector);
-      if (has_dsum) ring.ask(kDsum, i, row_of<T>(p.dsum, row, p.hidden) + c * kVector);
-    }
-    ring.next();
-  };
-  for (int s = 0; s < stages; ++s) ask(begin + s * step);
-  Packed<T> weight[kVectors], second_weight[kSecond ? kVectors : 1];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int c = lane + i * kGroup;
-    weight[i].clear();
-    if (c < vectors) weight[i].load(static_cast<const T*>(p.weight) + c * kVector);
-    if constexpr (kSecond) {
-      second_weight[i].clear();
-      if (c < vectors) second_weight[i].load(static_cast<const T*>(p.second_weight) + c * kVector);
-    }
-  }
-  float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
+/// Blocks of a multiprocessor: a second norm and FP32 hold twice the registers.
+template <typename T, int kGroup, bool kSecond>
+inline constexpr int kBackwardBlocks = std::max(1,
+                                                kResident / kGroupBlock<kGroup> /
+                                                    (kSecond || std::is_same_v<T, float> ? 2 : 1));
+
+template <typename T, int kGroup, bool kSecond>
+__global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup, kSecond>)
+    backward_kernel(RmsNormBackward p, int64_t partials) {
+  __shared__ float shared[2][kGroupBlock<kGroup> / kWarp];
+  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
+  const int64_t vectors = p.hidden / kVector;
+  float dw[kBackwardVectors][kVector] = {}, dw2[kSecond ? kBackwardVectors : 1][kVector] = {};
   int turn = 0;
-  const auto inverse = [&](int64_t row) { return row < p.num_tokens ? p.inv_rms[row] : 0.0f; };
-  float next_inverse = inverse(begin);
-  // Whole blocks go round together: row_sum is a barrier.
-  for (int64_t row = begin; row - threadIdx.x / kGroup < p.num_tokens; row += step, turn ^= 1) {
-    const int mine = row < p.num_tokens ? vectors : 0;
-    const float inv_rms = next_inverse;
-    next_inverse = inverse(row + step);
-    ring.wait();
-    Packed<T> x[kVectors], g[kVectors], g2[kSecond ? kVectors : 1], sum[kVectors];
-    const auto read = [&](int i, bool with_sum) {
-      const bool exists = lane + i * kGroup < mine;
-      ring.read(kX, i, exists, x[i]), ring.read(kDy, i, exists, g[i]);
-      if constexpr (kSecond) ring.read(kSecondDy, i, exists, g2[i]);
-      if (with_sum) ring.read(kDsum, i, exists && has_dsum, sum[i]);
+  // Whole blocks go round together: group_sum is a barrier.
+  for (int64_t first = int64_t{blockIdx.x} * kRows; first < p.num_tokens;
+       first += int64_t{gridDim.x} * kRows, turn ^= 1) {
+    const int64_t row = first + threadIdx.x / kGroup;
+    const bool active = row < p.num_tokens;
+    const int64_t mine = active ? vectors : 0;
+    RowPart<T> x, g, g2, sum, w, w2;
+    x.clear(), g.clear(), sum.clear(), w.clear();
+    x.template load<kGroup>(row_of<T>(p.x, row, p.x_stride), mine, true);
+    g.template load<kGroup>(row_of<T>(p.dy, row, p.hidden), mine, true);
+    w.template load<kGroup>(p.weight, vectors, false);
+    if constexpr (kSecond) {
+      g2.clear(), w2.clear();
+      g2.template load<kGroup>(row_of<T>(p.second_dy, row, p.hidden), mine, true);
+      w2.template load<kGroup>(p.second_weight, vectors, false);
+    }
+    if (p.dsum != nullptr) {
+      sum.template load<kGroup>(row_of<T>(p.dsum, row, p.hidden), mine, true);
+    }
+    const float inv_rms = active ? p.inv_rms[row] : 0.0f;
+    const auto weighted = [&](int i, int e) {
+      const float gw = g.at(i, e) * w.at(i, e);
+      return kSecond ? fmaf(g2.at(i, e), w2.at(i, e), gw) : gw;
     };
     float dot = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      read(i, kEarly);
-      weight[i].forget();
-      if constexpr (kSecond) second_weight[i].forget();
+    for (int i = 0; i < kBackwardVectors; ++i) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const float gx = g[i].at(e) * x[i].at(e);
-        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
-        dot = fmaf(gx, weight[i].at(e), dot);
-        if constexpr (kSecond) {
-          const float g2x = g2[i].at(e) * x[i].at(e);
-          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
-          dot = fmaf(g2x, second_weight[i].at(e), dot);
-        }
-      }
-      if constexpr (kEarly) {
-        // What was read is in registers before its place is asked for again.
-        x[i].forget(), g[i].forget(), sum[i].forget();
+        const float normalised = x.at(i, e) * inv_rms;
+        dw[i][e] = fmaf(g.at(i, e), normalised, dw[i][e]);
+        if constexpr (kSecond) dw2[i][e] = fmaf(g2.at(i, e), normalised, dw2[i][e]);
+        dot = fmaf(weighted(i, e), x.at(i, e), dot);
       }
     }
-    if constexpr (kEarly) ask(row + stages * step);
-    dot = detail::row_sum<Rows>(dot, shared[turn]);
+    dot = detail::group_sum<kGroup>(dot, shared[turn]);
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
+    x.forget(), g.forget(), w.forget();
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if constexpr (!kEarly) read(i, true);
-      weight[i].forget();
-      if constexpr (kSecond) second_weight[i].forget();
+    for (int i = 0; i < kBackwardVectors; ++i) {
+      const int64_t c = threadIdx.x % kGroup + i * kGroup;
+      if (c >= mine) continue;
       float out[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        float weighted = g[i].at(e) * weight[i].at(e);
-        if constexpr (kSecond) weighted = fmaf(g2[i].at(e), second_weight[i].at(e), weighted);
-        out[e] = sum[i].at(e) + (weighted * inv_rms - x[i].at(e) * slope);
+        out[e] = sum.at(i, e) + (weighted(i, e) * inv_rms - x.at(i, e) * slope);
       }
-      const int c = lane + i * kGroup;
-      if (c < mine) detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
+      detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
     }
-    if constexpr (!kEarly) ask(row + stages * step);
   }
-  float* shares = reinterpret_cast<float*>(memory);
-  if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);
+  if (p.dweight != nullptr) store_partial<kGroup>(p.scratch, p.hidden, dw);
   if constexpr (kSecond) {
     if (p.second_dweight != nullptr) {
-      store_partial<Rows>(p.scratch + partials * p.hidden, p.hidden, shares, dw2);
+      store_partial<kGroup>(p.scratch + partials * p.hidden, p.hidden, dw2);
     }
   }
 }
@@ -196,7 +185,7 @@ __global__ void __launch_bounds__(kScalarThreads) backward_scalar_kernel(RmsNorm
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     dot += weighted(d) * detail::to_float(x[d]);
   }
-  dot = detail::row_sum<detail::RowGroups<kScalarThreads>>(dot, shared);
+  dot = detail::group_sum<kScalarThreads>(dot, shared);
   const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     const float added = p.dsum != nullptr ? detail::to_float(dsum[d]) : 0.0f;
@@ -267,45 +256,15 @@ void add_partials(const RmsNormBackward& p, const float* partials, int64_t block
   detail::check_launch("rms_norm_backward (weight)");
 }
 
-void check_cuda(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  kernels::detail::raise_cuda("rms_norm_backward", "launch failed", cudaGetErrorString(error));
-}
-
-/// Stages of a ring, as many as `blocks` blocks of a multiprocessor want and find room for; 0 = a
-/// block alone has none for one.
-int ring_stages(int64_t stage_bytes, int blocks) {
-  constexpr int64_t kBesides = 2048;  // of a block: the driver's share and the static arrays
-  int device = 0, of_block = 0, of_multiprocessor = 0;
-  check_cuda(cudaGetDevice(&device));
-  check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  check_cuda(cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                                    device));
-  const int64_t alone = (of_block - kBesides) / stage_bytes;
-  const int64_t shared = (of_multiprocessor / blocks - kBesides) / stage_bytes;
-  const int64_t wanted = (kInFlight + blocks * stage_bytes - 1) / (blocks * stage_bytes);
-  return static_cast<int>(std::min(std::min(wanted, alone), std::max<int64_t>(shared, 1)));
-}
-
 /// Returns how many partial sums it leaves, 0 = the row does not fit.
 template <typename T, bool kSecond>
 int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream_t stream) {
   int64_t blocks = 0;
-  detail::dispatch_rows(p.hidden / kVector, kVectors, [&](auto rows) {
-    using Rows = decltype(rows);
-    const int matrices = 2 + (kSecond ? 1 : 0) + (p.dsum != nullptr ? 1 : 0);
-    using Ring = detail::RowRing<T, kVectors, Rows::kThreads>;
-    const int64_t stage_bytes = Ring::stage_bytes(matrices);
-    const int stages =
-        std::min(ring_stages(stage_bytes, kBlocks<Rows, kSecond>), Ring::kMostStages);
-    if (stages == 0) return;
-    auto* const kernel = backward_kernel<T, Rows, kSecond>;
-    const auto shared_bytes = static_cast<int>(stages * stage_bytes);
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    blocks = std::min(partials, kMultiprocessors * kBlocks<Rows, kSecond>);
-    kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(p, partials,
-                                                                                    stages);
+  detail::dispatch_group(p.hidden / kVector, kBackwardVectors, [&](auto group) {
+    constexpr int kGroup = decltype(group)::value;
+    blocks = std::min(partials, kMultiprocessors * kBackwardBlocks<T, kGroup, kSecond>);
+    backward_kernel<T, kGroup, kSecond>
+        <<<static_cast<unsigned>(blocks), kGroupBlock<kGroup>, 0, stream>>>(p, partials);
   });
   return blocks;
 }
