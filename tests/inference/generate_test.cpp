@@ -9,8 +9,9 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "checkpoint/catalogue.h"
+#include "checkpoint/save.h"
+#include "checkpoint/state_tensors.h"
 #include "checkpoint/temporary_directory.h"
-#include "checkpoint/weights.h"
 #include "config/load.h"
 #include "inference/run.h"
 
@@ -138,8 +139,9 @@ TEST(OpenModel, RunsAndCheckpointsOpenAlike) {
   config.data.sequence_length = 64;
   Tiny first(config.model, 1), second(config.model, 2);
   const auto save = [&](const Tiny& t, int64_t step) {
-    save_weights(checkpoint_directory(directory.path(), step), t.parameters, config.model,
-                 {.extra_files = {{"dsv3.yaml", to_yaml(config)}}});
+    save_checkpoint(checkpoint_directory(directory.path(), step), t.parameters,
+                    state_of(t.parameters), config.model, step,
+                    {.extra_files = {{"dsv3.yaml", to_yaml(config)}}});
   };
   save(first, 100);
   save(second, 20);
@@ -151,9 +153,12 @@ TEST(OpenModel, RunsAndCheckpointsOpenAlike) {
   EXPECT_TRUE(expected.equal(sequence_logits(*run.model, kCpu, ids)));
   const auto checkpoint = open_model(run.checkpoint, {});
   EXPECT_TRUE(expected.equal(sequence_logits(*checkpoint.model, kCpu, ids)));
-  // Without the YAML, config.json alone describes the same model.
-  std::filesystem::remove(run.checkpoint / "dsv3.yaml");
-  const auto foreign = open_model(run.checkpoint, {});
+  // Without our files, config.json alone describes the same model.
+  const std::filesystem::path plain = directory.path() / "plain";
+  std::filesystem::copy(run.checkpoint, plain);
+  std::filesystem::remove(plain / "dsv3.yaml");
+  std::filesystem::remove(plain / "manifest.json");
+  const auto foreign = open_model(plain, {});
   EXPECT_FALSE(foreign.run.has_value());
   EXPECT_TRUE(expected.equal(sequence_logits(*foreign.model, kCpu, ids)));
 }
