@@ -4,11 +4,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
-#include <ATen/ops/randn.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/zeros.h>
 
 #include "ops/dispatch.h"
+#include "ops/normal.h"
 
 namespace dsv3::bench {
 namespace {
@@ -75,12 +75,16 @@ int64_t Problem::num_sequences() const {
 }
 
 at::Tensor Setup::normal(at::IntArrayRef sizes, double std) {
-  const auto options = at::TensorOptions(device).dtype(scalar_type(problem.dtype));
-  return keep(at::randn(sizes, options).mul_(std));
+  return filled(empty(sizes), std);
 }
 
 at::Tensor Setup::normal32(at::IntArrayRef sizes, double std) {
-  return keep(at::randn(sizes, at::TensorOptions(device).dtype(at::kFloat)).mul_(std));
+  return filled(empty(sizes, at::kFloat), std);
+}
+
+at::Tensor Setup::filled(at::Tensor tensor, double std) {
+  ops::fill_normal(tensor, 0, std, seed_, num_filled_++);
+  return tensor;
 }
 
 at::Tensor Setup::empty(at::IntArrayRef sizes) {

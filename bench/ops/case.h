@@ -59,10 +59,12 @@ struct Plan {
   int64_t allocated = 0;  // bytes that its tensors take when they are far more than `bytes`
 };
 
-/// Fresh random inputs on the device; owns every tensor that it hands out.
+/// Fresh random inputs on the device; owns every tensor that it hands out. `seed` is that of its
+/// normal numbers; the others come from LibTorch's generator.
 class Setup {
  public:
-  Setup(const Problem& problem, at::Device device) : problem(problem), device(device) {}
+  Setup(const Problem& problem, at::Device device, uint64_t seed)
+      : problem(problem), device(device), seed_(seed) {}
 
   const Problem problem;
   const at::Device device;
@@ -81,6 +83,10 @@ class Setup {
   Stream stream() const;  // the current one
 
  private:
+  at::Tensor filled(at::Tensor tensor, double std);
+
+  const uint64_t seed_;
+  uint64_t num_filled_ = 0;
   std::vector<at::Tensor> kept_;
 };
 

@@ -68,10 +68,11 @@ void alternate(std::vector<Contender>& contenders, const Sampler& copy, int64_t 
 
 void run_case(const Benchmark& benchmark, const RunOptions& options, Timer& timer,
               const Sampler& copy, CaseResult& result) {
+  uint64_t next_seed = options.seed;
   std::vector<std::unique_ptr<Setup>> sets;
   Runs ours, composed;
   for (int64_t i = 0; i < result.sets; ++i) {
-    sets.push_back(std::make_unique<Setup>(result.problem, options.device));
+    sets.push_back(std::make_unique<Setup>(result.problem, options.device, next_seed++));
     const Work work = benchmark.make(*sets.back());
     ours.push_back(work.ours);
     if (options.composed) composed.push_back(work.composed);
@@ -118,12 +119,16 @@ int64_t sets_of(const Plan& plan, int64_t cache_bytes) {
   return std::clamp<int64_t>(std::min(wanted, kMostAllocated / allocated), 1, kMostSets);
 }
 
-void run_benchmarks(const RunOptions& options, const std::function<void(const CaseResult&)>& done) {
+void run_benchmarks(const RunOptions& options, const std::function<void(const Begun&)>& begin,
+                    const std::function<void(const CaseResult&)>& done) {
   const auto timer = make_timer(options.device);
   const Sampler copy = timer->prepare_copy();
   at::manual_seed(options.seed);
+  const auto all = static_cast<int64_t>(options.benchmarks.size() * options.shapes.size());
+  int64_t before = 0;
   for (const auto& benchmark : options.benchmarks) {
     for (const auto& shape : options.shapes) {
+      begin({.benchmark = benchmark, .shape = shape, .before = before++, .all = all});
       CaseResult result;
       result.name = benchmark.name;
       result.problem = problem_of(shape, options);

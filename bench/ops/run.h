@@ -54,8 +54,17 @@ Problem problem_of(const Shape& shape, const RunOptions& options);
 /// How many sets of inputs a case takes in turn, so that none is still in a cache of `cache_bytes`.
 int64_t sets_of(const Plan& plan, int64_t cache_bytes);
 
-/// Times every benchmark at every shape and hands each result over as soon as it is there. A case
-/// that fails (out of memory, say) is a result with an error; the others run.
-void run_benchmarks(const RunOptions& options, const std::function<void(const CaseResult&)>& done);
+/// The case that comes next, and how many of all are done.
+struct Begun {
+  const Benchmark& benchmark;
+  const Shape& shape;
+  int64_t before, all;
+};
+
+/// Times every benchmark at every shape; says which comes next, and hands each result over as soon
+/// as it is there. A case that fails (out of memory, say) is a result with an error; the others
+/// run.
+void run_benchmarks(const RunOptions& options, const std::function<void(const Begun&)>& begin,
+                    const std::function<void(const CaseResult&)>& done);
 
 }  // namespace dsv3::bench

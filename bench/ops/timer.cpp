@@ -12,7 +12,7 @@
 namespace dsv3::bench {
 namespace {
 
-constexpr double kSampleSeconds = 5e-3;
+constexpr double kSampleSeconds = 5e-3, kWarmUpSeconds = 0.25;
 constexpr int64_t kCopyBytes = int64_t{256} << 20;
 
 double seconds_of(const std::function<void()>& work) {
@@ -34,6 +34,25 @@ void threaded_copy(char* to, const char* from, int64_t bytes) {
   for (auto& thread : others) thread.join();
 }
 
+/// The same work on one set of inputs after the other, from sample to sample.
+struct Turn {
+  explicit Turn(std::vector<std::function<void()>> runs) : runs(std::move(runs)) {}
+
+  void run() { runs[static_cast<size_t>(done++) % runs.size()](); }
+  /// Once over all sets, or for so long; at least once. Returns the seconds of one run.
+  double run_for(double seconds) {
+    double spent = 0;
+    int64_t count = 0;
+    do {
+      spent += seconds_of([&] { run(); });
+    } while (++count < static_cast<int64_t>(runs.size()) && spent < seconds);
+    return spent / static_cast<double>(count);
+  }
+
+  const std::vector<std::function<void()>> runs;
+  int64_t done = 0;
+};
+
 class HostTimer final : public Timer {
  public:
   int64_t cache_bytes() const override {
@@ -42,16 +61,14 @@ class HostTimer final : public Timer {
   }
 
   Sampler prepare(const std::vector<std::function<void()>>& runs) override {
-    const auto all = [runs] {
-      for (const auto& run : runs) run();
-    };
-    all();
-    const int64_t repeats = repeats_for(seconds_of(all), kSampleSeconds);
-    const auto count = static_cast<int64_t>(runs.size()) * repeats;
+    const auto turn = std::make_shared<Turn>(runs);
+    // Every output's memory is there before it is timed, where that does not take long.
+    turn->run_for(kWarmUpSeconds);
+    const auto count = repeats_for(turn->run_for(kSampleSeconds), kSampleSeconds);
     return {.sample =
                 [=] {
                   return seconds_of([&] {
-                           for (int64_t i = 0; i < repeats; ++i) all();
+                           for (int64_t i = 0; i < count; ++i) turn->run();
                          }) /
                          static_cast<double>(count);
                 },
@@ -75,10 +92,10 @@ class HostTimer final : public Timer {
 
 }  // namespace
 
-int64_t repeats_for(double seconds_of_all_sets, double wanted_seconds) {
+int64_t repeats_for(double seconds_of_one, double wanted_seconds) {
   constexpr double kMost = 1000;
   return static_cast<int64_t>(
-      std::clamp(std::ceil(wanted_seconds / std::max(seconds_of_all_sets, 1e-9)), 1.0, kMost));
+      std::clamp(std::ceil(wanted_seconds / std::max(seconds_of_one, 1e-9)), 1.0, kMost));
 }
 
 std::unique_ptr<Timer> make_timer(const c10::Device& device) {

@@ -24,7 +24,8 @@ class Timer {
   /// Bytes of the device's last cache: inputs rotate over more than that.
   virtual int64_t cache_bytes() const = 0;
 
-  /// `runs` are the same work on different inputs; a sample does each of them equally often.
+  /// `runs` are the same work on different inputs, which take turns within a sample and from one
+  /// sample to the next.
   virtual Sampler prepare(const std::vector<std::function<void()>>& runs) = 0;
 
   /// A copy of one large buffer to another: `copied_bytes()` counts what it reads and writes.
@@ -38,8 +39,9 @@ class Timer {
 /// Throws std::invalid_argument for CUDA in a build without it.
 std::unique_ptr<Timer> make_timer(const c10::Device& device);
 
-/// A sample's length that start and end do not disturb; runs are repeated up to it.
-int64_t repeats_for(double seconds_of_all_sets, double wanted_seconds);
+/// How often what takes `seconds_of_one` is done in a sample of `wanted_seconds`, a length that its
+/// start and end do not disturb; at least once.
+int64_t repeats_for(double seconds_of_one, double wanted_seconds);
 
 namespace cuda {
 std::unique_ptr<Timer> make_timer();

@@ -15,6 +15,7 @@
 #include "bench/ops/run.h"
 #include "cli/checks.h"
 #include "cli/commands.h"
+#include "cli/progress_bar.h"
 #include "config/schema.h"
 #include "training/device.h"
 
@@ -101,12 +102,20 @@ void run_op(const OpArguments& arguments) {
   const std::string name = device_name(options.device);
   std::vector<bench::CaseResult> results;
   bool failed = false;
-  bench::run_benchmarks(options, [&](const bench::CaseResult& result) {
+  ProgressBar bar("bench");
+  const auto begin = [&](const bench::Begun& next) {
+    bar.show(
+        static_cast<double>(next.before) / static_cast<double>(next.all),
+        fmt::format("{}/{}  {} {}", next.before, next.all, next.benchmark.name, next.shape.name));
+  };
+  bench::run_benchmarks(options, begin, [&](const bench::CaseResult& result) {
+    bar.clear();
     fmt::print("{}", bench::json_lines(result, options, name));
     std::fflush(stdout);
     failed = failed || !result.ways.front().error.empty();
     results.push_back(result);
   });
+  bar.clear();
   if (arguments.table || isatty(STDERR_FILENO)) {
     fmt::print(stderr, "{}, {} threads, {}, seed {}\n{}", name, at::get_num_threads(),
                name_of(options.dtype), options.seed, bench::table(results));

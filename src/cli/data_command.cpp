@@ -1,9 +1,7 @@
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -12,6 +10,7 @@
 
 #include "base/error.h"
 #include "cli/commands.h"
+#include "cli/progress_bar.h"
 #include "data/megatron.h"
 #include "data/shard.h"
 #include "data/sources.h"
@@ -21,7 +20,6 @@ namespace dsv3::cli {
 namespace {
 
 namespace fs = std::filesystem;
-using Clock = std::chrono::steady_clock;
 
 constexpr const char* kTokenizeExamples = R"(Examples:
   dsv3 data tokenize data/kjv.txt --out data/kjv.tokens --document-split line
@@ -61,40 +59,15 @@ std::string grouped(int64_t number) {
   return digits;
 }
 
-/// Progress on stderr: a bar that is rewritten on a terminal, a line every ten seconds elsewhere.
-class ProgressBar {
- public:
-  void show(const TokenizeProgress& progress) {
-    const double done = progress.input_bytes > 0 ? static_cast<double>(progress.input_read) /
-                                                       static_cast<double>(progress.input_bytes)
-                                                 : 1.0;
-    const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
-    const std::string text = fmt::format(
-        "{:3.0f}%  {}/{} files  {} documents  {} tokens  {}/s", std::min(done, 1.0) * 100,
-        progress.files_done, progress.num_files, grouped(progress.num_documents),
-        grouped(progress.num_tokens),
-        human_bytes(static_cast<double>(progress.text_bytes) / std::max(seconds, 1e-3)));
-    if (terminal_) {
-      constexpr int kWidth = 24;
-      const int filled = static_cast<int>(std::min(done, 1.0) * kWidth);
-      fmt::print(stderr, "\r\x1b[K[{:#<{}}{:-<{}}] {}", "", filled, "", kWidth - filled, text);
-      std::fflush(stderr);
-      shown_ = true;
-    } else if (Clock::now() - last_line_ >= std::chrono::seconds(10)) {
-      fmt::print(stderr, "tokenize: {}\n", text);
-      last_line_ = Clock::now();
-    }
-  }
-  ~ProgressBar() {
-    if (shown_) fmt::print(stderr, "\n");
-  }
-  double seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
-
- private:
-  bool terminal_ = isatty(STDERR_FILENO) == 1;
-  bool shown_ = false;
-  Clock::time_point start_ = Clock::now(), last_line_ = start_;
-};
+void show(ProgressBar& bar, const TokenizeProgress& progress) {
+  const double done = progress.input_bytes > 0 ? static_cast<double>(progress.input_read) /
+                                                     static_cast<double>(progress.input_bytes)
+                                               : 1.0;
+  const double speed = static_cast<double>(progress.text_bytes) / std::max(bar.seconds(), 1e-3);
+  bar.show(done, fmt::format("{}/{} files  {} documents  {} tokens  {}/s", progress.files_done,
+                             progress.num_files, grouped(progress.num_documents),
+                             grouped(progress.num_tokens), human_bytes(speed)));
+}
 
 void tokenize(const TokenizeArguments& arguments) {
   const TextOptions options{.split = document_split_from_string(arguments.document_split),
@@ -117,9 +90,9 @@ void tokenize(const TokenizeArguments& arguments) {
   TokenizeProgress counts;
   double seconds = 0;
   {
-    ProgressBar bar;
+    ProgressBar bar("tokenize");
     counts = tokenize_to_shard(files, options, *tokenizer, workers, arguments.out,
-                               [&](const TokenizeProgress& progress) { bar.show(progress); });
+                               [&](const TokenizeProgress& progress) { show(bar, progress); });
     seconds = bar.seconds();
   }
   fmt::print("{}: {} documents, {} tokens from {} of text in {} file{}, {} on disk, {:.1f} s\n",

@@ -13,6 +13,7 @@
 #include "checkpoint/safetensors.h"
 #include "cli/checks.h"
 #include "cli/commands.h"
+#include "cli/progress_bar.h"
 #include "data/loader.h"
 #include "inference/generate.h"
 #include "inference/run.h"
@@ -141,11 +142,17 @@ void evaluate_data(const OpenedModel& opened, const EvalArguments& arguments) {
   require(loader.tokenizer().vocab_size() <= opened.config().vocab_size,
           "tokenizer '{}' has {} ids, but the model's vocabulary has {}", data.tokenizer,
           loader.tokenizer().vocab_size(), opened.config().vocab_size);
-  const Evaluation result = evaluate(*opened.model, loader,
-                                     {.device = opened.device,
-                                      .sequences_per_batch = arguments.batch_size,
-                                      .num_batches = 0,
-                                      .mask_documents = data.mask_across_documents});
+  ProgressBar bar("eval");
+  const Evaluation result =
+      evaluate(*opened.model, loader,
+               {.device = opened.device,
+                .sequences_per_batch = arguments.batch_size,
+                .mask_documents = data.mask_across_documents,
+                .progress = [&](int64_t done, int64_t all) {
+                  bar.show(static_cast<double>(done) / static_cast<double>(all),
+                           fmt::format("{}/{} batches", done, all));
+                }});
+  bar.clear();
   print_evaluation(opened, result, arguments.json);
 }
 

@@ -6,6 +6,7 @@
 #include <ATen/ops/stack.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <numbers>
@@ -30,9 +31,11 @@ Evaluation evaluate(const Model& model, Loader& loader, const EvaluationOptions&
       .mtp = {},
       .balance = {}};
   loader.rewind();
-  for (int64_t count = 0;
-       !loader.done() && (options.num_batches == 0 || count < options.num_batches); ++count) {
+  int64_t num_batches = loader.num_batches(options.sequences_per_batch);
+  if (options.num_batches > 0) num_batches = std::min(num_batches, options.num_batches);
+  for (int64_t count = 0; count < num_batches; ++count) {
     if (options.stop_requested && options.stop_requested()) return {.complete = false};
+    if (options.progress) options.progress(count, num_batches);
     const Batch batch = loader.next(options.sequences_per_batch);
     for (const int32_t label : batch.labels) {
       if (label == kIgnoreLabelId) continue;

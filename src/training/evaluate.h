@@ -15,6 +15,8 @@ struct EvaluationOptions {
   int64_t num_batches = 0;  // 0 = the whole split
   bool mask_documents = false;
   std::function<bool()> stop_requested = {};  // asked before each batch; true ends the pass early
+  /// Told before each batch how many are done, and of how many.
+  std::function<void(int64_t done, int64_t all)> progress = {};
 };
 
 struct Evaluation {

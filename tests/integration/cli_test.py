@@ -4,6 +4,7 @@ Usage: cli_test.py --dsv3 PATH. Ends with `N passed, N failed, N skipped`. Needs
 """
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -21,6 +22,21 @@ COMMANDS = ["train", "config", "plan", "checkpoint", "report", "eval", "generate
 def run(*command, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, "cwd": ROOT} | options
     return subprocess.run([str(word) for word in command], text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def run_beside_terminal(*command):
+    """What the command writes to a pipe as its stdout, and to a terminal as its stderr."""
+    leader, terminal = pty.openpty()
+    with os.fdopen(leader, "rb", buffering=0) as shown:
+        with subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal, cwd=ROOT) as child:
+            os.close(terminal)
+            text = b""
+            try:
+                while piece := shown.read(4096):
+                    text += piece
+            except OSError:  # how Linux says that nobody holds the terminal any more
+                pass
+            return child.stdout.read().decode(), text.decode()
 
 
 class Program(unittest.TestCase):
@@ -404,6 +420,14 @@ class TrainedRun(unittest.TestCase):
                 self.assertIn(result.returncode, (1, 2))
                 self.assertRegex(result.stderr, r"\Adsv3: error: [^\n]+\n\Z")
                 self.assertIn(str(data or target), result.stderr)
+
+    def test_eval_shows_its_progress_on_a_terminal_only(self):
+        plain = run(DSV3, "eval", self.run_directory, "--device", "cpu", "--json")
+        self.assertEqual((plain.returncode, plain.stderr), (0, ""))
+        result, shown = run_beside_terminal(DSV3, "eval", self.run_directory, "--device", "cpu", "--json")
+        self.assertEqual(json.loads(result)["loss"], json.loads(plain.stdout)["loss"])
+        self.assertRegex(shown, r"\A\r\x1b\[K\[-{24}\]   0%  0/\d+ batches  ETA -")
+        self.assertTrue(shown.endswith("\r\x1b[K"), repr(shown))  # and takes it away
 
     def test_generate_prints_the_prompt_and_more(self):
         result = run(DSV3, "generate", self.run_directory, "--prompt", "In the", "--tokens", "5", "--device", "cpu")
