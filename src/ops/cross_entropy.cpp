@@ -36,6 +36,7 @@ void check_head(const at::Tensor& hidden, const Weight& weight, const at::Tensor
                 const at::Tensor& scale) {
   constexpr const char* kOp = "head_cross_entropy";
   check_shape(hidden, kOp, "hidden", {-1, -1});
+  check_number(hidden, kOp, "hidden");
   check_shape(weight.value, kOp, "weight", {-1, hidden.size(1)});
   check_like(weight.value, kOp, "weight", hidden, "hidden");
   check_shape(labels, kOp, "labels", {hidden.size(0)});
@@ -157,6 +158,7 @@ HeadLoss cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
                         const at::Tensor& scale) {
   constexpr const char* kOp = "cross_entropy";
   check_shape(logits, kOp, "logits", {-1, -1});
+  check_number(logits, kOp, "logits");
   require(logits.is_contiguous(), "[{}] logits: expected a contiguous tensor", kOp);
   check_shape(labels, kOp, "labels", {logits.size(0)});
   check_int32(labels, kOp, "labels", logits);
@@ -184,6 +186,12 @@ HeadLoss cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
 namespace reference {
 
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& labels) {
+  if (labels.is_cpu()) {
+    const at::Tensor good =
+        labels.ge(0).logical_and(labels.lt(logits.size(1))).logical_or(labels.eq(kIgnoreLabel));
+    require(good.all().item<bool>(), "[cross_entropy] labels: expected 0 to {} or {} (ignored)",
+            logits.size(1) - 1, kIgnoreLabel);
+  }
   const at::Tensor ids = labels.clamp_min(0).to(at::kLong).unsqueeze(1);
   const at::Tensor losses = at::log_softmax(logits, 1).gather(1, ids).squeeze(1).neg();
   return at::where(labels.ne(kIgnoreLabel), losses, at::zeros_like(losses));

@@ -55,6 +55,12 @@ void check_shape(const at::Tensor& tensor, const char* op, const char* name,
           shape_text(tensor.sizes()));
 }
 
+void check_number(const at::Tensor& tensor, const char* op, const char* name) {
+  require(has_kernel(tensor) || tensor.scalar_type() == at::kDouble,
+          "[{}] {}: expected dtype Float, BFloat16 or Double, got {}", op, name,
+          c10::toString(tensor.scalar_type()));
+}
+
 void check_like(const at::Tensor& tensor, const char* op, const char* name, const at::Tensor& like,
                 const char* like_name) {
   require(tensor.scalar_type() == like.scalar_type(), "[{}] {}: expected dtype {} (as {}), got {}",
@@ -70,6 +76,14 @@ void check_int32(const at::Tensor& tensor, const char* op, const char* name,
           c10::toString(tensor.scalar_type()));
   require(tensor.device() == like.device(), "[{}] {}: expected device {}, got {}", op, name,
           like.device().str(), tensor.device().str());
+}
+
+void check_bucket(const at::Tensor& bucket, const char* op, c10::IntArrayRef expected,
+                  const at::Tensor& like) {
+  constexpr const char* kName = "weight gradient";
+  check_shape(bucket, op, kName, expected);
+  require(bucket.is_contiguous() && bucket.device() == like.device(),
+          "[{}] {}: expected a contiguous tensor on {}", op, kName, like.device().str());
 }
 
 at::Tensor rows_contiguous(const at::Tensor& tensor) {

@@ -15,7 +15,9 @@ namespace dsv3::ops {
 /// Our name for the tensor's element type; std::invalid_argument where we have none.
 DType dtype_of(const at::Tensor& tensor, const char* op, const char* name);
 
-/// Where work on this tensor is queued: the host, or the current CUDA stream of its device.
+/// Where work on this tensor is queued: the host, or the current CUDA stream of its device. Throws
+/// std::invalid_argument for another kind of device, and for a CUDA device that is not the current
+/// one, where kernels are launched.
 Stream stream_of(const at::Tensor& tensor);
 
 /// The kernels take FP32 and BF16; float64 goes to the reference body.
@@ -25,6 +27,10 @@ bool has_kernel(const at::Tensor& tensor);
 void check_shape(const at::Tensor& tensor, const char* op, const char* name,
                  c10::IntArrayRef expected);
 
+/// Throws std::invalid_argument unless the tensor is FP32, BF16 or FP64: what operators with a
+/// kernel and a reference take.
+void check_number(const at::Tensor& tensor, const char* op, const char* name);
+
 /// Throws std::invalid_argument unless `tensor` has the dtype and the device of `like`.
 void check_like(const at::Tensor& tensor, const char* op, const char* name, const at::Tensor& like,
                 const char* like_name);
@@ -32,6 +38,11 @@ void check_like(const at::Tensor& tensor, const char* op, const char* name, cons
 /// Throws std::invalid_argument unless the tensor is int32 and lives where `like` does.
 void check_int32(const at::Tensor& tensor, const char* op, const char* name,
                  const at::Tensor& like);
+
+/// Throws std::invalid_argument unless `bucket`, where a kernel adds a weight's gradient, has this
+/// shape, is contiguous and lives where `like` does.
+void check_bucket(const at::Tensor& bucket, const char* op, c10::IntArrayRef expected,
+                  const at::Tensor& like);
 
 /// The tensor itself when its last dim is contiguous, else a contiguous copy.
 at::Tensor rows_contiguous(const at::Tensor& tensor);

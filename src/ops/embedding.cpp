@@ -13,7 +13,7 @@ namespace {
 
 void add_embedding_grad(const at::Tensor& grad, const at::Tensor& ids, const at::Tensor& bucket) {
   const at::Tensor dy = grad.contiguous();
-  check_shape(bucket, "embedding", "weight gradient", {-1, dy.size(1)});
+  check_bucket(bucket, "embedding", {-1, dy.size(1)}, dy);
   const int64_t T = dy.size(0), V = bucket.size(0), D = dy.size(1);
   const int64_t bytes = kernels::embedding_backward_scratch(T, V, D, dy.is_cuda());
   at::Tensor scratch = at::empty({bytes}, dy.options().dtype(at::kByte));
@@ -35,6 +35,7 @@ at::Tensor embedding(const at::Tensor& given_ids, const Weight& weight) {
   const Range range("embedding");
   check_shape(given_ids, "embedding", "ids", {-1});
   check_shape(weight.value, "embedding", "weight", {-1, -1});
+  check_number(weight.value, "embedding", "weight");
   check_int32(given_ids, "embedding", "ids", weight.value);
   const at::Tensor ids = given_ids.contiguous();
   if (!has_kernel(weight.value)) return bucket_leaf(weight).index_select(0, ids);

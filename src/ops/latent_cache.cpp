@@ -31,10 +31,17 @@ void check(const at::Tensor& latent, const at::Tensor& rope, const at::Tensor& s
   const int64_t C = latent.size(1), R = rope.size(1);
   require(bf16 || C % kernels::kFp8Tile == 0,
           "[{}] latent: an FP8 cache needs a multiple of 128 columns, got {}", kOp, C);
+  require(
+      bf16 || R % 2 == 0,
+      "[{}] rope: an FP8 cache needs an even number of columns (its scales stand at multiples of "
+      "4 bytes), got {}",
+      kOp, R);
   const int64_t bytes = kernels::latent_cache_bytes(C, R, bf16 ? DType::kBF16 : DType::kF8E4M3);
   check_shape(cache, kOp, "cache", {-1, -1, bf16 ? C + R : bytes});
   require(cache.is_contiguous() && cache.device() == latent.device(),
           "[{}] cache: expected a contiguous tensor on {}", kOp, latent.device().str());
+  require(bf16 || reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % sizeof(float) == 0,
+          "[{}] cache: expected memory aligned to 4 bytes", kOp);
 }
 
 }  // namespace

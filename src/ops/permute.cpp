@@ -63,6 +63,19 @@ Tensors combine_gradient(const at::Tensor& dy, const at::Tensor& rows, const at:
   return {drows, dweights};
 }
 
+/// A permutation that was not made for what it is used on would have kernels read elsewhere.
+void check_permutation(const char* op, const Permutation& permutation, const at::Tensor& like) {
+  check_shape(permutation.row_of, op, "row_of", {-1, -1});
+  check_shape(permutation.choice_of, op, "choice_of", {-1});
+  check_int32(permutation.row_of, op, "row_of", like);
+  check_int32(permutation.choice_of, op, "choice_of", like);
+  require(permutation.row_of.is_contiguous() && permutation.choice_of.is_contiguous() &&
+              permutation.choice_of.numel() >= permutation.row_of.numel(),
+          "[{}] permutation: expected contiguous tensors and a row for each of the {} choices, got "
+          "{} rows",
+          op, permutation.row_of.numel(), permutation.choice_of.numel());
+}
+
 /// What must be right before outputs can be allocated; the kernel checks the rest.
 void check_sizes(const at::Tensor& experts, int64_t num_experts, int64_t row_multiple) {
   require(num_experts >= 1 && num_experts <= kernels::kMaxExperts,
@@ -77,6 +90,7 @@ void check_sizes(const at::Tensor& experts, int64_t num_experts, int64_t row_mul
 
 void check_fp8(const at::Tensor& data, const at::Tensor& scales, const Permutation& permutation,
                const at::Tensor& weights) {
+  check_permutation("permute_fp8", permutation, data);
   const int64_t num_tokens = permutation.row_of.size(0);
   check_shape(data, "permute_fp8", "data", {num_tokens, -1});
   check_shape(scales, "permute_fp8", "scales", {num_tokens, (data.size(1) + 127) / 128});
@@ -96,7 +110,9 @@ void check_fp8(const at::Tensor& data, const at::Tensor& scales, const Permutati
 
 void check_combine(const at::Tensor& rows, const at::Tensor& weights,
                    const Permutation& permutation, const at::Tensor& base) {
+  check_permutation("combine", permutation, rows);
   check_shape(rows, "combine", "rows", {permutation.choice_of.size(0), -1});
+  check_number(rows, "combine", "rows");
   check_shape(weights, "combine", "weights", permutation.row_of.sizes());
   require(weights.scalar_type() == (has_kernel(rows) ? at::kFloat : at::kDouble),
           "[combine] weights: expected dtype Float (Double with Double rows), got {}",
@@ -169,7 +185,9 @@ Fp8RowTiles permute_fp8(const Fp8RowTiles& x, const Permutation& permutation,
 
 at::Tensor permute(const at::Tensor& x, const Permutation& permutation) {
   const Range range("permute");
+  check_permutation("permute", permutation, x);
   check_shape(x, "permute", "x", {permutation.row_of.size(0), -1});
+  check_number(x, "permute", "x");
   if (!has_kernel(x)) return reference::permute(x, permutation);
   at::Tensor y;
   {

@@ -48,6 +48,17 @@ void check_tile_scales(const at::Tensor& scales, const at::Tensor& data, const c
           op, scales.stride(0));
 }
 
+/// On the host; on a device nobody waits for the ends.
+void check_ends(const at::Tensor& ends, int64_t num_rows, const char* op) {
+  const auto* end = ends.const_data_ptr<int32_t>();
+  for (int64_t e = 0; e < ends.size(0); ++e) {
+    const int32_t before = e > 0 ? end[e - 1] : 0;
+    require(end[e] >= before && end[e] <= num_rows,
+            "[{}] ends[{}]: expected {} to {} (ascending, at most the rows of x), got {}", op, e,
+            before, num_rows, end[e]);
+  }
+}
+
 kernels::RaggedGroups groups_of(const RowGroups& groups, const at::Tensor& x, const char* op) {
   if (!groups.ends.defined()) return {};
   check_shape(groups.ends, op, "ends", {-1});
@@ -55,6 +66,7 @@ kernels::RaggedGroups groups_of(const RowGroups& groups, const at::Tensor& x, co
   const int64_t count = groups.ends.size(0);
   require(count >= 1 && count <= 1024, "[{}] ends: expected 1 to 1024 groups, got {}", op, count);
   require(groups.ends.is_contiguous(), "[{}] ends: expected a contiguous tensor", op);
+  if (groups.ends.is_cpu()) check_ends(groups.ends, x.size(0), op);
   return {.num_groups = static_cast<int32_t>(count),
           .ends = groups.ends.const_data_ptr<int32_t>(),
           .padded_rows = padded_group_rows(x.size(0), count)};

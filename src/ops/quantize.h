@@ -35,8 +35,8 @@ struct Fp8BlockTiles {
 };
 
 /// Rows in groups, that leave padded with zeros to multiples of 128 rows each. ends [E] int32 on
-/// x's device, ascending; 1 ≤ E ≤ 1024. The output has padded_group_rows(T, E) rows, whatever the
-/// sizes.
+/// x's device, ascending, at most T (checked on the host); 1 ≤ E ≤ 1024. The output has
+/// padded_group_rows(T, E) rows, whatever the sizes.
 struct RowGroups {
   at::Tensor ends;  // undefined = rows stay where they are
 };

@@ -21,6 +21,7 @@ void* pointer_out(const at::Tensor& tensor) {
 
 void check_rms_norm(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   check_shape(x, op, "x", {-1, -1});
+  check_number(x, op, "x");
   require(x.size(1) > 0, "[{}] x: expected rows of at least one element, got [{}, 0]", op,
           x.size(0));
   check_shape(weight, op, "weight", {x.size(1)});
@@ -70,7 +71,7 @@ at::Tensor run_rms_norm_backward(const NormGradients& grads, const at::Tensor& x
   if (second != nullptr) second_bucket = second->grad;
   for (const at::Tensor& grad : {bucket, second_bucket}) {
     if (!grad.defined()) continue;
-    check_shape(grad, "rms_norm", "weight gradient", {D});
+    check_bucket(grad, "rms_norm", {D}, x);
     scratch =
         at::empty({kernels::rms_norm_backward_scratch(T, D, second != nullptr)}, inv_rms.options());
   }

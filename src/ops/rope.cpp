@@ -125,6 +125,7 @@ namespace {
 
 void check_query(const at::Tensor& q, const at::Tensor& table, const at::Tensor& tokens) {
   check_shape(q, "rope_query", "q", {-1, -1, -1});
+  check_number(q, "rope_query", "q");
   check_table("rope_query", table, tokens, q);
   require(q.size(2) >= table.size(1),
           "[rope_query] q: heads of {} are narrower than cos_sin's R = {}", q.size(2),
@@ -179,6 +180,7 @@ std::tuple<at::Tensor, at::Tensor> rope_key_value(const at::Tensor& kv_given,
   constexpr const char* kOp = "rope_key_value";
   const Range range(kOp);
   check_shape(kv_given, kOp, "kv", {-1, -1, -1});
+  check_number(kv_given, kOp, "kv");
   check_table(kOp, table, tokens, kv_given);
   check_shape(k_rope_given, kOp, "k_rope", {kv_given.size(0), table.size(1)});
   check_like(k_rope_given, kOp, "k_rope", kv_given, "kv");

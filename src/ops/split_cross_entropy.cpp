@@ -1,6 +1,7 @@
 #include "ops/split_cross_entropy.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/stack.h>
@@ -23,6 +24,7 @@ static_assert(sizeof(kernels::VocabStatistics) == 4 * sizeof(float));
 void check_part(const char* op, const at::Tensor& logits, const at::Tensor& labels,
                 const VocabPart& part) {
   check_shape(logits, op, "logits", {-1, -1});
+  check_number(logits, op, "logits");
   require(logits.is_contiguous(), "[{}] logits: expected a contiguous tensor", op);
   check_shape(labels, op, "labels", {logits.size(0)});
   check_int32(labels, op, "labels", logits);
@@ -45,10 +47,14 @@ LocalLabels local_labels(const at::Tensor& labels, const at::Tensor& logits,
 
 at::Tensor reference_statistics(const at::Tensor& logits, const at::Tensor& labels,
                                 const VocabPart& part) {
+  const at::Tensor none = at::full({logits.size(0)}, -std::numeric_limits<double>::infinity(),
+                                   logits.options().requires_grad(false));
+  if (logits.size(1) == 0) {
+    return at::stack({none, at::zeros_like(none), none, at::full_like(none, -1.0)}, 1);
+  }
   const at::Tensor largest = logits.amax(1);
   const at::Tensor sum = logits.sub(largest.unsqueeze(1)).exp().sum(1);
   const auto [ours, ids] = local_labels(labels, logits, part);
-  const at::Tensor none = at::full_like(largest, -std::numeric_limits<double>::infinity());
   const at::Tensor label_logit = at::where(ours, logits.gather(1, ids).squeeze(1), none);
   const at::Tensor argmax = logits.argmax(1).add(part.begin).to(logits.scalar_type());
   return at::stack({largest, sum, label_logit, argmax}, 1);
@@ -62,7 +68,7 @@ TokenLosses reference_finish(const at::Tensor& logits, const at::Tensor& labels,
   const at::Tensor valid = labels.ge(0);
   const at::Tensor losses = sum.log().add(all).sub(statistics.select(2, 2).amax(0));
   const at::Tensor best = statistics.select(2, 3).gather(0, largest.argmax(0, true)).squeeze(0);
-  if (write_gradient) {
+  if (write_gradient && logits.size(1) > 0) {
     const auto [ours, ids] = local_labels(labels, logits, part);
     at::Tensor gradient = logits.sub(all.unsqueeze(1)).exp().div(sum.unsqueeze(1));
     gradient.scatter_add_(1, ids, ours.to(logits.scalar_type()).neg().unsqueeze(1));
@@ -102,6 +108,7 @@ TokenLosses finish_cross_entropy_(const at::Tensor& logits, const at::Tensor& la
   constexpr const char* kOp = "finish_cross_entropy";
   check_part(kOp, logits, labels, part);
   check_shape(statistics, kOp, "statistics", {-1, logits.size(0), 4});
+  require(statistics.size(0) >= 1, "[{}] statistics: expected those of at least one part", kOp);
   const auto number = has_kernel(logits) ? at::kFloat : at::kDouble;
   for (const auto& [tensor, name] : {std::pair(statistics, "statistics"), {scale, "scale"}}) {
     require(

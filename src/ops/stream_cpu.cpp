@@ -9,6 +9,8 @@ namespace dsv3::ops {
 Stream stream_of(const at::Tensor& tensor) {
   if (tensor.is_cuda())
     throw CudaError("a tensor is on CUDA, but this program was built without it");
+  require(tensor.is_cpu(), "a tensor is on {}: operators run on cpu and cuda",
+          tensor.device().str());
   return Stream::host();
 }
 

@@ -14,6 +14,7 @@ namespace dsv3::ops {
 
 void check_swiglu(const char* op, const at::Tensor& gate_up, const at::Tensor& row_weight) {
   check_shape(gate_up, op, "gate_up", {-1, -1});
+  check_number(gate_up, op, "gate_up");
   require(gate_up.size(1) % 2 == 0, "[{}] gate_up: expected [T, 2I], got an odd width {}", op,
           gate_up.size(1));
   if (!row_weight.defined()) return;
