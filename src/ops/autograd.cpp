@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -15,6 +16,11 @@ namespace dsv3::ops {
 namespace {
 
 namespace autograd = torch::autograd;
+
+/// Operators choose their dtypes themselves: the router's product stays FP32 under autocast.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard without{c10::autocast_dispatch_keyset};
+};
 
 /// A node whose backward is a closure.
 class Operator final : public autograd::Node {
@@ -30,10 +36,41 @@ class Operator final : public autograd::Node {
   autograd::variable_list apply(autograd::variable_list&& grads) override {
     DSV3_CHECK(backward_ != nullptr, "[{}] backward ran twice through one graph", name_);
     const Range range(path_);
-    return backward_(grads);
+    const bool records = c10::GradMode::is_enabled();  // for a second derivative
+    const NoAutocast no_autocast;
+    const c10::AutoGradMode grad_mode(false);
+    Tensors result = backward_(grads);
+    if (records) refuse_derivative(grads, result);
+    return result;
   }
 
  private:
+  /// Whoever differentiates `gradients` again gets an error, not the zeros of constants: their node
+  /// leads to all that they depend on, so that no search for a derivative passes it by.
+  void refuse_derivative(const Tensors& grads, Tensors& gradients) const {
+    const std::shared_ptr<Operator> node(
+        new Operator(name_,
+                     [name = name_](const Tensors&) -> Tensors {
+                       invalid(
+                           "[{}] its gradient cannot be differentiated: there is no second "
+                           "derivative",
+                           name);
+                     }),
+        autograd::deleteNode);
+    autograd::edge_list edges = next_edges();
+    for (const auto& grad : grads) {
+      if (grad.defined() && grad.requires_grad())
+        edges.push_back(autograd::impl::gradient_edge(grad));
+    }
+    node->set_next_edges(std::move(edges));
+    for (auto& gradient : gradients) {
+      if (!gradient.defined()) continue;
+      gradient = gradient.detach();
+      const auto number = node->add_input_metadata(gradient);
+      autograd::impl::set_gradient_edge(gradient, {node, number});
+    }
+  }
+
   const char* name_;
   const Range::Path path_;
   std::function<Tensors(const Tensors&)> backward_;
@@ -42,6 +79,7 @@ class Operator final : public autograd::Node {
 }  // namespace
 
 struct NoRecord::Guards {
+  NoAutocast no_autocast;
   c10::AutoGradMode grad_mode{false};
   at::AutoDispatchBelowADInplaceOrView below;
 };

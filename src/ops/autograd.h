@@ -13,7 +13,8 @@ using Tensors = std::vector<at::Tensor>;
 /// one.
 bool recording(const Tensors& inputs);
 
-/// Inside: nothing is recorded and views are plain. Every operator of ours runs its body under it.
+/// Inside: nothing is recorded, views are plain, and autocast chooses no dtypes. Every operator of
+/// ours runs its body under it.
 class NoRecord {
  public:
   NoRecord();
@@ -28,7 +29,8 @@ class NoRecord {
 
 /// Enters one coarse operator of ours into autograd's graph: `backward` receives the gradients of
 /// `outputs` (an undefined tensor where none came) and returns those of `inputs` (undefined =
-/// none). It runs once, with recording off. `outputs` must have been made under NoRecord. Captured
+/// none). It runs once, with recording off; what it returns cannot be differentiated again
+/// (std::invalid_argument for who tries). `outputs` must have been made under NoRecord. Captured
 /// tensors are what the operator saves: capture inputs as they are; never capture an output itself
 /// (a cycle), but output.detach().
 void record(const char* name, const Tensors& inputs, const Tensors& outputs,

@@ -132,6 +132,36 @@ TEST(Contract, OtherDevicesAreRefused) {
   EXPECT_NE(refusal([&] { permute_fp8(quantize_rows(here, {}), other); }), "");
 }
 
+TEST(Contract, AutocastChoosesNoDtype) {
+  test::Random random(1);
+  const at::Tensor x = random.normal({kTokens, kWidth}, at::kFloat);
+  const at::Tensor w = random.normal({3, kWidth}, at::kFloat);
+  const auto run = [&] {
+    const Weight weight = test::weight_of(w, at::kFloat, at::kCPU, at::kFloat);
+    const at::Tensor leaf = test::leaf(x, at::kFloat);
+    const at::Tensor logits = gate({leaf, {}}, weight), y = linear(leaf, weight);
+    torch::autograd::backward({logits, y}, {ones({kTokens, 3}), ones({kTokens, 3})});
+    return std::vector<at::Tensor>{logits, y, leaf.grad(), weight.grad};
+  };
+  const auto plain = run();
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto cast = run();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  for (size_t i = 0; i < plain.size(); ++i) EXPECT_TRUE(same_bits(cast[i], plain[i])) << i;
+}
+
+TEST(Contract, ASecondDerivativeIsRefusedNotZero) {
+  test::Random random(2);
+  const at::Tensor x = test::leaf(random.normal({kTokens, kWidth}, at::kFloat), at::kFloat);
+  const Weight weight{ones({kWidth}), {}};
+  // The sum has another way to x, so that a constant gradient would go unnoticed.
+  const at::Tensor y = rms_norm(x, weight, kEps).value.mul(x).sum();
+  const at::Tensor dx = torch::autograd::grad({y}, {x}, {}, true, /*create_graph=*/true)[0];
+  EXPECT_TRUE(dx.requires_grad());
+  EXPECT_EQ(refusal([&] { torch::autograd::grad({dx.sum()}, {x}); }),
+            "[rms_norm] its gradient cannot be differentiated: there is no second derivative");
+}
+
 TEST(Contract, GroupsThatDoNotFitTheRowsAreRefusedOnTheHost) {
   const at::Tensor x = ones({10, 16});
   const auto ends = [](int32_t first, int32_t second) {
