@@ -17,6 +17,10 @@ void* pointer_out(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
+at::Tensor contiguous_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.contiguous() : tensor;
+}
+
 }  // namespace
 
 void check_rms_norm(const char* op, const at::Tensor& x, const at::Tensor& weight) {
@@ -32,6 +36,8 @@ Normalised run_rms_norm(const NormInputs& inputs, const kernels::ScaleRule& rule
                         const Fp8RowTiles* tiles, bool keep_y) {
   const NoRecord guard;
   const at::Tensor& x = inputs.x;
+  const at::Tensor weight = inputs.weight.contiguous();
+  const at::Tensor second_weight = contiguous_or_none(inputs.second_weight);
   const int64_t T = x.size(0), D = x.size(1);
   Normalised result;
   if (keep_y) result.y = at::empty({T, D}, x.options());
@@ -46,12 +52,12 @@ Normalised run_rms_norm(const NormInputs& inputs, const kernels::ScaleRule& rule
                              .dtype = dtype_of(x, "rms_norm", "x"),
                              .x = x.const_data_ptr(),
                              .residual = pointer(inputs.residual),
-                             .weight = inputs.weight.const_data_ptr(),
+                             .weight = weight.const_data_ptr(),
                              .sum = pointer_out(result.sum),
                              .y = pointer_out(result.y),
                              .inv_rms = result.inv_rms.mutable_data_ptr<float>(),
                              .inv_rms_given = given,
-                             .second_weight = pointer(inputs.second_weight),
+                             .second_weight = pointer(second_weight),
                              .second_y = pointer_out(result.second),
                              .rule = rule,
                              .quantized = tiles != nullptr ? rows_of(*tiles) : kernels::Fp8Rows()},
@@ -63,8 +69,11 @@ at::Tensor run_rms_norm_backward(const NormGradients& grads, const at::Tensor& x
                                  const at::Tensor& inv_rms, const Weight& weight,
                                  const Weight* second) {
   const at::Tensor dy = grads.dy.contiguous();
-  const at::Tensor dsum = grads.dsum.defined() ? grads.dsum.contiguous() : at::Tensor();
+  const at::Tensor dsum = contiguous_or_none(grads.dsum);
   const at::Tensor second_dy = second != nullptr ? grads.second_dy.contiguous() : at::Tensor();
+  const at::Tensor scale = weight.value.detach().contiguous();
+  const at::Tensor second_scale =
+      second != nullptr ? second->value.detach().contiguous() : at::Tensor();
   const int64_t T = x.size(0), D = x.size(1);
   at::Tensor dx = at::empty({T, D}, x.options());
   at::Tensor bucket = weight.grad, second_bucket, scratch;
@@ -86,7 +95,7 @@ at::Tensor run_rms_norm_backward(const NormGradients& grads, const at::Tensor& x
        .dtype = dtype_of(x, "rms_norm", "x"),
        .dy = dy.const_data_ptr(),
        .x = x.const_data_ptr(),
-       .weight = weight.value.const_data_ptr(),
+       .weight = scale.const_data_ptr(),
        .inv_rms = inv_rms.const_data_ptr<float>(),
        .dsum = pointer(dsum),
        .dx = dx.mutable_data_ptr(),
@@ -94,7 +103,7 @@ at::Tensor run_rms_norm_backward(const NormGradients& grads, const at::Tensor& x
        .dweight_dtype = any.defined() ? dtype_of(any, "rms_norm", "weight gradient") : DType::kF32,
        .scratch = scratch.defined() ? scratch.mutable_data_ptr<float>() : nullptr,
        .second_dy = pointer(second_dy),
-       .second_weight = second != nullptr ? second->value.const_data_ptr() : nullptr,
+       .second_weight = pointer(second_scale),
        .second_dweight = pointer_out(second_bucket)},
       stream_of(x));
   return dx;

@@ -39,6 +39,11 @@ bool heads_contiguous(const at::Tensor& x) {
   return (x.stride(2) == 1 || x.size(2) <= 1) && (x.stride(1) == x.size(2) || x.size(1) <= 1);
 }
 
+/// Whether no token of x [T, H, W], whose heads are contiguous, shares memory with another.
+bool tokens_apart(const at::Tensor& x) {
+  return x.size(0) <= 1 || x.stride(0) >= x.size(1) * x.size(2);
+}
+
 /// y may be q; both have contiguous heads.
 void rotate_into(const at::Tensor& y, const at::Tensor& q, const at::Tensor& cos_sin,
                  const at::Tensor& positions, bool inverse) {
@@ -156,7 +161,9 @@ at::Tensor rope_query(const at::Tensor& q, const at::Tensor& table, const at::Te
 at::Tensor rope_query_(at::Tensor q, const at::Tensor& table, const at::Tensor& tokens) {
   const Range range("rope_query");
   check_query(q, table, tokens);
-  if (!has_kernel(q) || !heads_contiguous(q)) return rope_query(q, table, tokens);
+  if (!has_kernel(q) || !heads_contiguous(q) || !tokens_apart(q)) {
+    return rope_query(q, table, tokens);
+  }
   const at::Tensor cos_sin = table.contiguous(), positions = tokens.contiguous();
   at::Tensor y;
   {

@@ -19,7 +19,8 @@ at::Tensor rope_query(const at::Tensor& q, const at::Tensor& cos_sin, const at::
 /// The same in place: q's storage holds the result, which is returned; only the rope part is read
 /// and written. For a q that nobody else needs: a fresh product that its maker did not save.
 /// Backward rotates the gradient in place too where nobody else holds it, else into a copy. Takes
-/// tokens any stride apart; heads that are not contiguous are copied, as is float64.
+/// tokens any stride apart; heads that are not contiguous are copied, as are tokens that share
+/// memory (an expanded q) and float64.
 at::Tensor rope_query_(at::Tensor q, const at::Tensor& cos_sin, const at::Tensor& positions);
 
 /// Assembles K and V for attention from the up-projection and the shared rope key.

@@ -162,6 +162,36 @@ TEST(Contract, ASecondDerivativeIsRefusedNotZero) {
             "[rms_norm] its gradient cannot be differentiated: there is no second derivative");
 }
 
+TEST(Contract, WeightsMayBeStridedAndBucketsMayNot) {
+  test::Random random(3);
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = random.normal({kTokens, kWidth}, dtype);
+    const at::Tensor w = random.normal({kWidth, 2}, dtype).select(1, 1), g = x.mul(2.0);
+    const auto run = [&](const at::Tensor& value) {
+      const at::Tensor leaf = test::leaf(x, dtype);
+      const Weight weight{value.detach().requires_grad_(), at::zeros({kWidth})};
+      const auto [first, second] = rms_norm_pair(leaf, weight, {value, {}}, kEps);
+      test::backward({first.value, second.value}, {g, g});
+      return std::vector<at::Tensor>{first.value, second.value, leaf.grad(), weight.grad};
+    };
+    const auto strided = run(w), packed = run(w.contiguous());
+    for (size_t i = 0; i < packed.size(); ++i) EXPECT_TRUE(same_bits(strided[i], packed[i])) << i;
+  }
+  const at::Tensor x = test::leaf(ones({kTokens, kWidth}), at::kFloat);
+  const Weight holes{ones({kWidth}), at::zeros({kWidth, 2}).select(1, 0)};
+  EXPECT_EQ(refusal([&] { rms_norm(x, holes, kEps).value.sum().backward(); }),
+            "[rms_norm] weight gradient: expected a contiguous tensor on cpu");
+}
+
+TEST(Contract, RotatingInPlaceSparesTokensThatShareMemory) {
+  test::Random random(4);
+  const at::Tensor one = random.normal({1, 2, 4}, at::kFloat), before = one.clone();
+  const at::Tensor table = random.normal({9, 4}, at::kFloat);
+  const at::Tensor where = random.integers({5}, 9), q = one.expand({5, 2, 4});
+  EXPECT_TRUE(same_bits(rope_query_(q, table, where), rope_query(q.contiguous(), table, where)));
+  EXPECT_TRUE(same_bits(one, before));
+}
+
 TEST(Contract, GroupsThatDoNotFitTheRowsAreRefusedOnTheHost) {
   const at::Tensor x = ones({10, 16});
   const auto ends = [](int32_t first, int32_t second) {
