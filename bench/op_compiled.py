@@ -159,10 +159,15 @@ def time_case(plan, timer, rounds):
 
 
 def plans(program, arguments):
-    """Cases as the program states them; raises SystemExit with its message for wrong names."""
-    done = subprocess.run([program, "bench", "op", "--dry-run", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Cases as the program states them; for wrong names its message and its exit code, 2, which a missing program has too."""
+    try:
+        done = subprocess.run([program, "bench", "op", "--dry-run", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        print(f"{program}: {error.strerror} (build it, or name it with --program)", file=sys.stderr)
+        sys.exit(2)
     if done.returncode:
-        sys.exit(done.stderr.strip())
+        print(done.stderr.strip(), file=sys.stderr)
+        sys.exit(done.returncode)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -46,8 +46,14 @@ class OpSpeed(unittest.TestCase):
     def test_a_wrong_name_is_the_programs_error(self):
         done = subprocess.run([sys.executable, "-W", "ignore", ROOT / "bench" / "op_compiled.py", "rms_norm_foward", "--program", DSV3],
                               capture_output=True, text=True)
-        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.returncode, 2)
         self.assertIn("did you mean 'rms_norm_forward'?", done.stderr)
+
+    def test_a_missing_program_is_named(self):
+        done = subprocess.run([sys.executable, "-W", "ignore", ROOT / "bench" / "op_speed.py", "--program", "/nowhere/dsv3"],
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("/nowhere/dsv3: No such file or directory (build it", done.stderr)
 
 
 if __name__ == "__main__":
