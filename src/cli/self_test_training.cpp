@@ -9,6 +9,7 @@
 
 #include "cli/self_test.h"
 #include "kernels/optimizer.h"
+#include "ops/adamw.h"
 #include "ops/cross_entropy.h"
 #include "ops/dispatch.h"
 #include "ops/split_cross_entropy.h"
@@ -17,43 +18,25 @@ namespace dsv3::cli {
 namespace {
 
 SelfTestPairs test_adamw(SelfTestSetup& setup) {
-  constexpr int64_t kSize = 1003, kDecayEnd = 700;
-  constexpr double kRate = 0.01, kBeta1 = 0.9, kBeta2 = 0.95, kDecay = 0.1;
-  const at::Tensor w = setup.normal({kSize}), g = setup.normal({kSize});
-  const at::Tensor m = setup.normal({kSize}), v = setup.normal({kSize}).abs();
+  constexpr int64_t kSize = 1003;
+  const auto draw = [&] { return setup.normal({kSize}); };
+  const ops::AdamWRange exact{draw(), {}, draw(), draw(), draw().abs(), draw()};
   const auto on_device = [&](const at::Tensor& x) { return setup.place(x).detach(); };
-  const at::Tensor weights = on_device(w), gradients = on_device(g);
-  const at::Tensor exp_avg = on_device(m), exp_avg_sq = on_device(v);
-  const DType dtype = ops::dtype_of(weights, "adamw", "weights");
-  const double c1 = 1 - kBeta1 * kBeta1, c2 = 1 - kBeta2 * kBeta2;
-  kernels::adamw({.size = kSize,
-                  .weight_dtype = dtype,
-                  .gradient_dtype = dtype,
-                  .moment_dtype = dtype,
-                  .weights = weights.data_ptr(),
-                  .master = nullptr,
-                  .gradients = gradients.data_ptr(),
-                  .exp_avg = exp_avg.data_ptr(),
-                  .exp_avg_sq = exp_avg_sq.data_ptr(),
-                  .learning_rate = static_cast<float>(kRate),
-                  .beta1 = static_cast<float>(kBeta1),
-                  .beta2 = static_cast<float>(kBeta2),
-                  .eps = 1e-8f,
-                  .weight_decay = static_cast<float>(kDecay),
-                  .correction1 = static_cast<float>(c1),
-                  .correction2 = static_cast<float>(c2),
-                  .gradient_scale = nullptr,
-                  .skip = nullptr,
-                  .zero_gradients = false,
-                  .decay_end = kDecayEnd},
-                 ops::stream_of(weights));
-  const at::Tensor new_m = m.mul(kBeta1).add(g.mul(1 - kBeta1));
-  const at::Tensor new_v = v.mul(kBeta2).add(g.mul(g).mul(1 - kBeta2));
-  const at::Tensor decayed = at::cat({w.narrow(0, 0, kDecayEnd).mul(1 - kRate * kDecay),
-                                      w.narrow(0, kDecayEnd, kSize - kDecayEnd)});
-  const at::Tensor new_w =
-      decayed.sub(new_m.div(c1).div(new_v.div(c2).sqrt().add(1e-8)).mul(kRate));
-  return {{weights, new_w}, {exp_avg, new_m}, {exp_avg_sq, new_v}};
+  const ops::AdamWRange range{on_device(exact.weights),    {},
+                              on_device(exact.gradients),  on_device(exact.exp_avg),
+                              on_device(exact.exp_avg_sq), on_device(exact.ema)};
+  const ops::AdamWStep step{.learning_rate = 0.01,
+                            .weight_decay = 0.1,
+                            .decay_end = 700,
+                            .ema_decay = 0.9,
+                            .correction1 = 1 - 0.9 * 0.9,
+                            .correction2 = 1 - 0.95 * 0.95};
+  ops::adamw_(range, step);
+  const ops::AdamWRange after = ops::reference::adamw(exact, step);
+  return {{range.weights, after.weights},
+          {range.exp_avg, after.exp_avg},
+          {range.exp_avg_sq, after.exp_avg_sq},
+          {range.ema, after.ema}};
 }
 
 SelfTestPairs test_gradient_norm(SelfTestSetup& setup) {

@@ -38,7 +38,7 @@ at::Tensor embedding(const at::Tensor& given_ids, const Weight& weight) {
   check_number(weight.value, "embedding", "weight");
   check_int32(given_ids, "embedding", "ids", weight.value);
   const at::Tensor ids = given_ids.contiguous();
-  if (!has_kernel(weight.value)) return bucket_leaf(weight).index_select(0, ids);
+  if (!has_kernel(weight.value)) return reference::embedding(ids, bucket_leaf(weight));
   at::Tensor y;
   {
     const NoRecord guard;
@@ -63,4 +63,11 @@ at::Tensor embedding(const at::Tensor& given_ids, const Weight& weight) {
   return y;
 }
 
+namespace reference {
+
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table) {
+  return table.index_select(0, ids);
+}
+
+}  // namespace reference
 }  // namespace dsv3::ops

@@ -8,4 +8,9 @@ namespace dsv3::ops {
 /// Backward adds each row's gradient in token order: deterministic, without atomics or a host sort.
 at::Tensor embedding(const at::Tensor& ids, const Weight& weight);
 
+namespace reference {
+/// Plain, differentiable with respect to the table, float64-capable.
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table);
+}  // namespace reference
+
 }  // namespace dsv3::ops

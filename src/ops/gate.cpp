@@ -57,7 +57,7 @@ at::Tensor gate(const Remakable& x, const Weight& weight) {
   {
     const NoRecord guard;
     y = splits(x.value, weight) ? split_product(x.value, weight.value)
-                                : at::mm(x.value.to(weight.value.scalar_type()), weight.value.t());
+                                : reference::gate(x.value, weight.value);
   }
   if (!recording({x.value, weight.value})) return y;
   const bool needs_dx = x.value.requires_grad();
@@ -71,4 +71,11 @@ at::Tensor gate(const Remakable& x, const Weight& weight) {
   return y;
 }
 
+namespace reference {
+
+at::Tensor gate(const at::Tensor& x, const at::Tensor& weight) {
+  return at::mm(x.to(weight.scalar_type()), weight.t());
+}
+
+}  // namespace reference
 }  // namespace dsv3::ops

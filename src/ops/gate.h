@@ -16,4 +16,9 @@ at::Tensor gate(const Remakable& x, const Weight& weight);
 at::Tensor gate_gradient(const at::Tensor& dlogits, const at::Tensor& x, const Weight& weight,
                          bool needs_dx);
 
+namespace reference {
+/// Plain, differentiable, in the weight's dtype (FP32 or FP64), to which x is widened.
+at::Tensor gate(const at::Tensor& x, const at::Tensor& weight);
+}  // namespace reference
+
 }  // namespace dsv3::ops

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "kernels/optimizer.h"
+#include "ops/adamw.h"
 #include "ops/autograd.h"
 #include "ops/dispatch.h"
 
@@ -16,10 +17,6 @@ at::ScalarType moment_type(DType dtype) {
   require(dtype == DType::kF32 || dtype == DType::kBF16,
           "optimizer.moment_dtype: {}, but moments are fp32 or bf16", name_of(dtype));
   return dtype == DType::kF32 ? at::kFloat : at::kBFloat16;
-}
-
-void* address(const at::Tensor& flat) {
-  return flat.defined() ? flat.data_ptr() : nullptr;
 }
 
 }  // namespace
@@ -128,45 +125,38 @@ GradientNorm AdamW::decide(const StepGuard& guard) {
 }
 
 void AdamW::update(const Bucket& bucket, const State& state, double learning_rate,
-                   const GradientNorm& norm, double* partials) {
-  kernels::adamw({.size = bucket.numel(),
-                  .weight_dtype = ops::dtype_of(bucket.values, "adamw", "weights"),
-                  .gradient_dtype = ops::dtype_of(bucket.grads, "adamw", "gradients"),
-                  .moment_dtype = options_.moment_dtype,
-                  .weights = address(bucket.values),
-                  .master = static_cast<float*>(address(state.master)),
-                  .gradients = address(bucket.grads),
-                  .exp_avg = address(state.exp_avg),
-                  .exp_avg_sq = address(state.exp_avg_sq),
-                  .learning_rate = static_cast<float>(learning_rate),
-                  .beta1 = static_cast<float>(options_.beta1),
-                  .beta2 = static_cast<float>(options_.beta2),
-                  .eps = static_cast<float>(options_.eps),
-                  .weight_decay = static_cast<float>(options_.weight_decay),
-                  .correction1 = 1,
-                  .correction2 = 1,
-                  .gradient_scale = clip_factor_.data_ptr<float>(),
-                  .skip = norm.skip.data_ptr<int32_t>(),
-                  .zero_gradients = true,
-                  .corrections = corrections_.data_ptr<float>(),
-                  .decay_end = bucket.decay_end,
-                  .ema = address(state.ema),
-                  .ema_dtype = DType::kF32,
-                  .ema_decay = static_cast<float>(options_.ema_decay),
-                  .stochastic_rounding = options_.stochastic_rounding,
-                  .seed = options_.seed,
-                  .step = static_cast<uint64_t>(steps_begun_),
-                  .first_index = state.first_index,
-                  .partials = partials},
-                 ops::stream_of(bucket.values));
+                   const GradientNorm& norm, const at::Tensor& moved) {
+  ops::adamw_({.weights = bucket.values,
+               .master = state.master,
+               .gradients = bucket.grads,
+               .exp_avg = state.exp_avg,
+               .exp_avg_sq = state.exp_avg_sq,
+               .ema = state.ema},
+              {.learning_rate = learning_rate,
+               .beta1 = options_.beta1,
+               .beta2 = options_.beta2,
+               .eps = options_.eps,
+               .weight_decay = options_.weight_decay,
+               .decay_end = bucket.decay_end,
+               .ema_decay = options_.ema_decay,
+               .corrections = corrections_,
+               .gradient_scale = clip_factor_,
+               .skip = norm.skip,
+               .zero_gradients = true,
+               .stochastic_rounding = options_.stochastic_rounding,
+               .seed = options_.seed,
+               .step = static_cast<uint64_t>(steps_begun_),
+               .first_index = state.first_index,
+               .moved = moved});
 }
 
 void AdamW::apply(double learning_rate, GradientNorm& norm) {
   const ops::NoRecord guard;
-  auto* partials = moved_.data_ptr<double>();
+  int64_t begin = 0;
   for (size_t i = 0; i < buckets_.size(); ++i) {
-    update(buckets_[i], states_[i], learning_rate, norm, partials);
-    partials += 2 * kernels::adamw_partials(buckets_[i].numel());
+    const int64_t parts = kernels::adamw_partials(buckets_[i].numel());
+    update(buckets_[i], states_[i], learning_rate, norm, moved_.narrow(0, begin, parts));
+    begin += parts;
   }
   norm.moved = at::sum(moved_, 0);
 }

@@ -94,9 +94,9 @@ class AdamW {
   };
 
   GradientNorm gradient_norm();
-  /// Leaves the bucket's parts of how far it moved at `partials`.
+  /// Leaves the bucket's parts of how far it moved in `moved`.
   void update(const Bucket& bucket, const State& state, double learning_rate,
-              const GradientNorm& norm, double* partials);
+              const GradientNorm& norm, const at::Tensor& moved);
 
   std::vector<Bucket>& buckets_;
   AdamWOptions options_;

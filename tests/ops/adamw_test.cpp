@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "kernels/optimizer.h"
+#include "ops/adamw.h"
 #include "ops/dispatch.h"
 #include "support/compare.h"
 #include "support/random.h"
@@ -207,6 +208,135 @@ TEST_P(AdamWTest, SkipLeavesWeightsAndMomentsButZeroesGradients) {
   EXPECT_TRUE(same_bits(state.exp_avg, before.exp_avg));
   EXPECT_TRUE(same_bits(state.exp_avg_sq, before.exp_avg_sq));
   EXPECT_EQ(state.gradients.abs().sum().item<double>(), 0.0);
+}
+
+/// The operator on tensors: every option against its reference, and the reference against plain
+/// loops.
+TEST_P(AdamWTest, TheOperatorAgreesWithItsReference) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const auto place = at::TensorOptions(GetParam());
+  struct Types {
+    at::ScalarType weight, gradient, moment, ema;
+    bool master;
+  };
+  for (const auto& types : {Types{at::kFloat, at::kFloat, at::kFloat, at::kFloat, false},
+                            Types{at::kBFloat16, at::kFloat, at::kBFloat16, at::kFloat, true},
+                            Types{at::kBFloat16, at::kBFloat16, at::kFloat, at::kBFloat16, false},
+                            Types{at::kDouble, at::kDouble, at::kDouble, at::kDouble, false}}) {
+    for (const int64_t size : {0, 1, 13, 4099}) {
+      for (const int skip : {0, 1}) {
+        SCOPED_TRACE(testing::Message()
+                     << c10::toString(types.weight) << ", size " << size << ", skip " << skip);
+        const State s = random_state(random, size, types.weight, types.gradient, types.moment,
+                                     types.master, GetParam());
+        const AdamWRange range{s.weights,    s.master,
+                               s.gradients,  s.exp_avg,
+                               s.exp_avg_sq, random.normal({size}, types.ema, GetParam())};
+        const AdamWStep step{.learning_rate = 0.01,
+                             .beta1 = 0.875,
+                             .beta2 = 0.9375,
+                             .eps = 0x1p-20,
+                             .weight_decay = 0.125,
+                             .decay_end = size / 3,
+                             .ema_decay = 0.75,
+                             .corrections = at::full({2}, 0.25, place.dtype(at::kFloat)),
+                             .gradient_scale = at::full({1}, 0.5, place.dtype(at::kFloat)),
+                             .skip = at::full({1}, skip, place.dtype(at::kInt)),
+                             .zero_gradients = true};
+        const AdamWRange expected = reference::adamw(range, step);
+        const at::Tensor mean = range.ema.clone();
+        const State before = s.clone();
+        adamw_(range, step);
+        const auto most = [&](at::ScalarType type) { return test::tolerance(type, 8); };
+        const State terms = terms_of(before, {expected.weights, {}, {}, {}, {}}, 0.5);
+        EXPECT_TRUE(
+            close_to_terms(range.weights, expected.weights, terms.weights, most(types.weight)));
+        EXPECT_TRUE(
+            close_to_terms(range.exp_avg, expected.exp_avg, terms.exp_avg, most(types.moment)));
+        EXPECT_TRUE(close(range.exp_avg_sq, expected.exp_avg_sq, most(types.moment)));
+        const at::Tensor mean_terms = mean.to(at::kDouble).abs() + expected.weights.abs();
+        EXPECT_TRUE(
+            close_to_terms(range.ema, expected.ema, mean_terms,
+                           std::max(most(types.ema), types.master ? 0.0 : most(types.weight))));
+        EXPECT_EQ(range.gradients.abs().sum().item<double>(), 0.0);
+        if (types.master) {
+          EXPECT_TRUE(
+              close_to_terms(range.master, expected.master, terms.weights, most(at::kFloat)));
+        }
+        if (skip != 0) {
+          EXPECT_TRUE(same_bits(range.weights, before.weights));
+        }
+      }
+    }
+  }
+}
+
+TEST(AdamWReference, IsThatOfPlainLoops) {
+  const uint64_t seed = test::fresh_seed();
+  SCOPED_TRACE(test::seed_text(seed));
+  test::Random random(seed);
+  const State s = random_state(random, 57, at::kDouble, at::kDouble, at::kDouble, false, at::kCPU);
+  const at::Tensor ema = random.normal({57}, at::kDouble);
+  const AdamWStep step{.learning_rate = 0.02,
+                       .weight_decay = 0.3,
+                       .decay_end = 20,
+                       .ema_decay = 0.9,
+                       .correction1 = 0.19,
+                       .correction2 = 0.0975};
+  const AdamWRange after =
+      reference::adamw({s.weights, {}, s.gradients, s.exp_avg, s.exp_avg_sq, ema}, step);
+  const auto at_index = [](const at::Tensor& x, int64_t i) {
+    return x.const_data_ptr<double>()[i];
+  };
+  for (int64_t i = 0; i < 57; ++i) {
+    const double g = at_index(s.gradients, i);
+    double w = at_index(s.weights, i);
+    if (i < 20) w -= 0.02 * 0.3 * w;
+    const double m = 0.9 * at_index(s.exp_avg, i) + 0.1 * g;
+    const double v = 0.95 * at_index(s.exp_avg_sq, i) + 0.05 * g * g;
+    w -= 0.02 * (m / 0.19) / (std::sqrt(v / 0.0975) + 1e-8);
+    EXPECT_NEAR(at_index(after.weights, i), w, 1e-13 * (1 + std::abs(w)));
+    EXPECT_NEAR(at_index(after.exp_avg, i), m, 1e-14);
+    EXPECT_NEAR(at_index(after.exp_avg_sq, i), v, 1e-14);
+    EXPECT_NEAR(at_index(after.ema, i), 0.9 * at_index(ema, i) + 0.1 * w,
+                1e-13 * (1 + std::abs(w)));
+  }
+}
+
+TEST(AdamWErrors, NameTheTensorThatDoesNotFit) {
+  test::Random random(2);
+  const State s = random_state(random, 8, at::kFloat, at::kFloat, at::kFloat, false, at::kCPU);
+  const AdamWRange good{s.weights, {}, s.gradients, s.exp_avg, s.exp_avg_sq};
+  const AdamWStep step{.learning_rate = 0.1, .correction1 = 0.1, .correction2 = 0.05};
+  EXPECT_NO_THROW(adamw_(good, step));
+  AdamWRange bad = good;
+  bad.gradients = s.gradients.narrow(0, 0, 7);
+  try {
+    adamw_(bad, step);
+    FAIL();
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "[adamw] gradients: expected shape [8], got [7]");
+  }
+  bad = good;
+  bad.exp_avg = at::zeros({16}).slice(0, 0, 16, 2);
+  EXPECT_THROW(adamw_(bad, step), std::invalid_argument);
+  bad = good;
+  bad.exp_avg_sq = s.exp_avg_sq.to(at::kBFloat16);
+  EXPECT_THROW(adamw_(bad, step), std::invalid_argument);
+  bad = good;
+  bad.master = s.weights.clone();
+  EXPECT_THROW(adamw_(bad, step), std::invalid_argument);
+  bad = good;
+  bad.ema = at::zeros({8}, at::kDouble);
+  EXPECT_THROW(adamw_(bad, step), std::invalid_argument);
+  AdamWStep wrong = step;
+  wrong.skip = at::zeros({1});
+  EXPECT_THROW(adamw_(good, wrong), std::invalid_argument);
+  wrong = step;
+  wrong.moved = at::zeros({2, 2}, at::kDouble);
+  EXPECT_THROW(adamw_(good, wrong), std::invalid_argument);
 }
 
 TEST(AdamWErrors, NameWhatIsWrong) {

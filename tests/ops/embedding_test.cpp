@@ -37,6 +37,7 @@ TEST_P(Embedding, RowsAndTheirGradient) {
         return std::pair(y, weight.grad);
       };
       const auto [y, grad] = run(dtype, device, bucket);
+      EXPECT_TRUE(test::same_bits(y, ops::reference::embedding(ids, data)));
       EXPECT_TRUE(test::same_bits(y, data.index_select(0, ids)));
       const auto oracle = run(at::kDouble, at::kCPU, at::kDouble);
       // A sum of n terms is rounded n times.
