@@ -75,7 +75,8 @@ struct AdamWFp8 {
   ScaleRule rule;
 };
 
-/// result[0] = Σ x², in FP64, by partial sums in a fixed order: the same bits on every run.
+/// result[0] = Σ x², by partial sums in a fixed order: the same bits on every run. A few squares at
+/// a time in FP32 (|x| from 2^64 on gives infinity, as LibTorch's norm does), their sums in FP64.
 struct SumOfSquares {
   int64_t size;
   DType dtype;       // kF32 or kBF16
