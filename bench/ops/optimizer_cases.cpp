@@ -86,8 +86,8 @@ kernels::AdamW adamw_of(const Tensors& b) {
           .exp_avg = b.exp_avg.mutable_data_ptr(),
           .exp_avg_sq = b.exp_avg_sq.mutable_data_ptr(),
           .learning_rate = static_cast<float>(kLearningRate),
-          .beta1 = static_cast<float>(kBeta1),
-          .beta2 = static_cast<float>(kBeta2),
+          .beta1 = kBeta1,
+          .beta2 = kBeta2,
           .eps = static_cast<float>(kEps),
           .weight_decay = static_cast<float>(kDecay),
           .correction1 = 1.0f,
@@ -273,7 +273,7 @@ struct HalfBuckets {
     kernels::AdamW p = adamw_of(*this);
     p.ema = ema.mutable_data_ptr();
     p.ema_dtype = DType::kBF16;
-    p.ema_decay = 0.999f;
+    p.ema_decay = 0.999;
     p.stochastic_rounding = true;
     p.seed = 1;
     p.step = 1;

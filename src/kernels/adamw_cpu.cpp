@@ -326,7 +326,7 @@ class Range {
       using E = std::remove_pointer_t<decltype(type)>;
       E* const ema = static_cast<E*>(p_.ema) + begin;
       const Block now = block(begin);
-      const float gain = 1.0f - p_.ema_decay;
+      const float gain = factors_.ema_gain;
       if (now.master != nullptr || !bf16_weights()) {
         const void* weights = now.master != nullptr ? now.master : now.weights;
         ema_into(gain, static_cast<const float*>(weights), ema, mean, size);

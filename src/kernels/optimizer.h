@@ -28,7 +28,8 @@ struct AdamW {
   void* exp_avg;         // [size] m
   void* exp_avg_sq;      // [size] v
   float learning_rate;
-  float beta1, beta2, eps;
+  double beta1, beta2;  // FP64: 1 - β of a rounded β would err in its sixth digit
+  float eps;
   float weight_decay;  // of elements [0, decay_end); the rest (norms and the like) has none
   float correction1;   // 1 - β1^step, step counted from 1
   float correction2;   // 1 - β2^step
@@ -39,7 +40,7 @@ struct AdamW {
   int64_t decay_end = INT64_MAX;
   void* ema = nullptr;  // [size], may be null: a running mean of the weights
   DType ema_dtype = DType::kF32;
-  float ema_decay = 0.0f;
+  double ema_decay = 0.0;
   /// BF16 weights without a master and BF16 moments are rounded up or down at random, with the
   /// probabilities that keep the mean, instead of to nearest. The random bits of element i are a
   /// function of (seed, step, first_index + i) only, whatever the device and the cut into ranges.

@@ -142,10 +142,10 @@ __device__ __forceinline__ void store1_rounded(const AdamW& p, T* x, float& v, i
 }
 
 template <bool kStochastic, typename E>
-__device__ __forceinline__ void ema1(const AdamW& p, float w, int64_t i) {
+__device__ __forceinline__ void ema1(const AdamW& p, float gain, float w, int64_t i) {
   E* const ema = static_cast<E*>(p.ema) + i;
   float mean = to_float(*ema);
-  mean = fmaf(1.0f - p.ema_decay, w - mean, mean);
+  mean = fmaf(gain, w - mean, mean);
   store1_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
 }
 
@@ -205,12 +205,12 @@ __device__ __forceinline__ void load_quads(const AdamW& p, const Quads& q, Loade
 }
 
 template <bool kStochastic, bool kSplit, typename E>
-__device__ __forceinline__ void update_ema(const AdamW& p, const float (&w)[kVector],
+__device__ __forceinline__ void update_ema(const AdamW& p, float gain, const float (&w)[kVector],
                                            const Words8<E>& words, const Quads& q) {
   float mean[kVector];
   unpack(words, mean);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(1.0f - p.ema_decay, w[e] - mean[e], mean[e]);
+  for (int e = 0; e < kVector; ++e) mean[e] = fmaf(gain, w[e] - mean[e], mean[e]);
   store_rounded<kStochastic, kSplit>(p, static_cast<E*>(p.ema), mean, q, Rounded::kEma);
 }
 
@@ -251,9 +251,9 @@ __device__ __forceinline__ void update_quads(const AdamW& p, const AdamWFactors&
   }
   if (p.ema == nullptr) return;
   if (p.ema_dtype == DType::kBF16) {
-    update_ema<kStochastic, kSplit>(p, w, Words8<__nv_bfloat16>{{x.ema.word[0]}}, q);
+    update_ema<kStochastic, kSplit>(p, f.ema_gain, w, Words8<__nv_bfloat16>{{x.ema.word[0]}}, q);
   } else {
-    update_ema<kStochastic, kSplit>(p, w, x.ema, q);
+    update_ema<kStochastic, kSplit>(p, f.ema_gain, w, x.ema, q);
   }
 }
 
@@ -283,9 +283,9 @@ __device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_s
   }
   if (p.ema == nullptr) return w;
   if (p.ema_dtype == DType::kBF16) {
-    ema1<Types::kStochastic, __nv_bfloat16>(p, w, i);
+    ema1<Types::kStochastic, __nv_bfloat16>(p, f.ema_gain, w, i);
   } else {
-    ema1<Types::kStochastic, float>(p, w, i);
+    ema1<Types::kStochastic, float>(p, f.ema_gain, w, i);
   }
   return w;
 }

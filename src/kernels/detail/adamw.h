@@ -26,16 +26,18 @@ struct AdamWFactors {
   float step_size;     // lr / correction1
   float root_scale;    // 1 / sqrt(correction2)
   float eps;
+  float ema_gain;  // 1 - EMA's decay
 };
 
 inline AdamWFactors adamw_factors(const AdamW& p) {
   return {.decay = p.learning_rate * p.weight_decay,
-          .gain1 = 1.0f - p.beta1,
-          .beta2 = p.beta2,
-          .gain2 = 1.0f - p.beta2,
+          .gain1 = static_cast<float>(1.0 - p.beta1),
+          .beta2 = static_cast<float>(p.beta2),
+          .gain2 = static_cast<float>(1.0 - p.beta2),
           .step_size = p.learning_rate / p.correction1,
           .root_scale = 1.0f / std::sqrt(p.correction2),
-          .eps = p.eps};
+          .eps = p.eps,
+          .ema_gain = static_cast<float>(1.0 - p.ema_decay)};
 }
 
 /// Updates weight w and moments m, v from the clipped gradient g. Math has root(x), quotient(a, b)
