@@ -28,6 +28,8 @@ namespace {
 
 constexpr int64_t kHostRowsPerPartial = 64;
 constexpr int64_t kHostMaxPartials = 64;
+/// Rows whose shares are summed before they join their block's: sums of few terms round less.
+constexpr int64_t kRowsPerShare = 16;
 /// Elements of a row that a thread keeps while it is normalised.
 constexpr int64_t kKeptRow = 8192;
 
@@ -185,14 +187,30 @@ DSV3_INLINE void write_dx(const BackwardRow<T>& row, float inv_rms, float slope,
       });
 }
 
-/// `partial` [D] ([2, D] with a second norm): where these rows' shares of the weights' gradients
-/// are summed; null = not wanted.
+/// partial += share, which is zero afterwards.
+DSV3_INLINE void join_share(float* __restrict share, int64_t size, float* __restrict partial) {
+#pragma omp simd
+  for (int64_t d = 0; d < size; ++d) {
+    partial[d] += share[d];
+    share[d] = 0.0f;
+  }
+}
+
+/// Where a block's rows leave their shares of the weights' gradients: [D] each, [2, D] with a
+/// second norm.
+struct WeightSums {
+  float* partial = nullptr;  // the block's; null = not wanted
+  float* share = nullptr;    // of kRowsPerShare rows at a time; null: the block has few rows
+};
+
 template <bool kSecond, typename T>
 DSV3_INLINE void backward_body(const RmsNormBackward& p, int64_t begin, int64_t end, bool streamed,
-                               float* __restrict partial) {
+                               const WeightSums& sums) {
   const int64_t D = p.hidden;
-  const int64_t size = partial == nullptr ? 0 : kSecond ? 2 * D : D;
-  for (int64_t d = 0; d < size; ++d) partial[d] = 0.0f;
+  const int64_t size = kSecond ? 2 * D : D;
+  float* const sum = sums.share != nullptr ? sums.share : sums.partial;
+  if (sums.partial != nullptr) std::fill_n(sums.partial, size, 0.0f);
+  if (sums.share != nullptr) std::fill_n(sums.share, size, 0.0f);
   for (int64_t t = begin; t < end; ++t) {
     const auto at = [&](const void* rows, int64_t stride) {
       return rows != nullptr ? static_cast<const T*>(rows) + t * stride : nullptr;
@@ -201,9 +219,12 @@ DSV3_INLINE void backward_body(const RmsNormBackward& p, int64_t begin, int64_t 
                              at(p.second_dy, D), at(p.second_weight, 0), at(p.dsum, D)};
     const float inv_rms = p.inv_rms[t];
     const float dot = weighted_dot<kSecond>(row, D);
-    if (partial != nullptr) {
-      add_weight_share(row.dy, row.x, inv_rms, D, partial);
-      if constexpr (kSecond) add_weight_share(row.second_dy, row.x, inv_rms, D, partial + D);
+    if (sum != nullptr) {
+      add_weight_share(row.dy, row.x, inv_rms, D, sum);
+      if constexpr (kSecond) add_weight_share(row.second_dy, row.x, inv_rms, D, sum + D);
+    }
+    if (sums.share != nullptr && ((t - begin + 1) % kRowsPerShare == 0 || t + 1 == end)) {
+      join_share(sums.share, size, sums.partial);
     }
     const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(D);
     T* dx = static_cast<T*>(p.dx) + t * D;
@@ -225,26 +246,25 @@ DSV3_CLONES void forward_rows(const RmsNormForward& p, const BFloat16*, int64_t 
   forward_body<BFloat16>(p, begin, end, streamed);
 }
 DSV3_CLONES void backward_rows(const RmsNormBackward& p, const float*, int64_t begin, int64_t end,
-                               bool streamed, float* partial) {
-  if (p.second_dy != nullptr) return backward_body<true, float>(p, begin, end, streamed, partial);
-  backward_body<false, float>(p, begin, end, streamed, partial);
+                               bool streamed, const WeightSums& sums) {
+  if (p.second_dy != nullptr) return backward_body<true, float>(p, begin, end, streamed, sums);
+  backward_body<false, float>(p, begin, end, streamed, sums);
 }
 DSV3_CLONES void backward_rows(const RmsNormBackward& p, const BFloat16*, int64_t begin,
-                               int64_t end, bool streamed, float* partial) {
-  if (p.second_dy != nullptr) {
-    return backward_body<true, BFloat16>(p, begin, end, streamed, partial);
-  }
-  backward_body<false, BFloat16>(p, begin, end, streamed, partial);
+                               int64_t end, bool streamed, const WeightSums& sums) {
+  if (p.second_dy != nullptr) return backward_body<true, BFloat16>(p, begin, end, streamed, sums);
+  backward_body<false, BFloat16>(p, begin, end, streamed, sums);
 }
 
-/// dweight[d] += Σ partials[b, d], in the order of the blocks; the first block's row becomes the
-/// sum.
+/// dweight[d] += Σ partials[b, d], blocks joined in pairs; the first block's row becomes the sum.
 template <typename T>
-void add_partials(T* dweight, float* __restrict partials, int64_t blocks, int64_t stride,
-                  int64_t D) {
-  for (int64_t b = 1; b < blocks; ++b) {
-    const float* __restrict row = partials + b * stride;
-    for (int64_t d = 0; d < D; ++d) partials[d] += row[d];
+void add_partials(T* dweight, float* partials, int64_t blocks, int64_t stride, int64_t D) {
+  for (int64_t step = 1; step < blocks; step *= 2) {
+    for (int64_t b = 0; b + step < blocks; b += 2 * step) {
+      float* __restrict to = partials + b * stride;
+      const float* __restrict row = partials + (b + step) * stride;
+      for (int64_t d = 0; d < D; ++d) to[d] += row[d];
+    }
   }
   for (int64_t d = 0; d < D; ++d) {
     detail::store(&dweight[d], detail::load(&dweight[d]) + partials[d]);
@@ -270,7 +290,7 @@ void rms_norm_backward(const RmsNormBackward& p) {
   detail::dispatch_float("rms_norm_backward", p.dtype, [&](auto* type) {
     if (!weights) {
       detail::parallel_rows(p.num_tokens, 4 * row_bytes, [&](int64_t begin, int64_t end) {
-        backward_rows(p, type, begin, end, streamed, nullptr);
+        backward_rows(p, type, begin, end, streamed, {});
       });
       return;
     }
@@ -279,10 +299,14 @@ void rms_norm_backward(const RmsNormBackward& p) {
     if (blocks == 0) return;
     const int64_t rows = (p.num_tokens + blocks - 1) / blocks;
     const int64_t stride = p.second_dy != nullptr ? 2 * p.hidden : p.hidden;
+    // The scratch holds two rows a block from the second of its own partial sums on.
+    const bool shared_out = p.num_tokens > kRowsPerPartial;
     detail::parallel_rows(blocks, rows * 4 * row_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
+        const WeightSums sums{.partial = p.scratch + b * stride,
+                              .share = shared_out ? p.scratch + (blocks + b) * stride : nullptr};
         backward_rows(p, type, std::min(b * rows, p.num_tokens),
-                      std::min((b + 1) * rows, p.num_tokens), streamed, p.scratch + b * stride);
+                      std::min((b + 1) * rows, p.num_tokens), streamed, sums);
       }
     });
     detail::dispatch_float("rms_norm_backward", p.dweight_dtype, [&](auto* grad) {

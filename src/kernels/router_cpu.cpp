@@ -163,14 +163,14 @@ DSV3_CLONES void route_chunk(const RouteForward& p, const RouterChunks& chunks,
 }
 
 /// Coefficients and loss of one sequence.
-float finish_sequence(const RouteForward& p, const RouterChunks& chunks,
-                      const RouterPartials& partials, int64_t sequence) {
+double finish_sequence(const RouteForward& p, const RouterChunks& chunks,
+                       const RouterPartials& partials, int64_t sequence) {
   const int64_t first = sequence * chunks.per_sequence, end = first + chunks.per_sequence;
   int64_t num_valid = 0;
   for (int64_t c = first; c < end; ++c) num_valid += partials.valid[c];
-  float loss = 0.0f;
+  double loss = 0.0;
   for (int64_t e = 0; e < p.shape.num_experts; ++e) {
-    float sum = 0.0f;
+    double sum = 0.0;
     int64_t count = 0;
     for (int64_t c = first; c < end; ++c) {
       sum += partials.sums[c * p.shape.num_experts + e];
@@ -193,10 +193,9 @@ void finish_route(const RouteForward& p, const RouterChunks& chunks,
     }
   }
   if (p.coefficients == nullptr) return;
-  *p.loss = 0.0f;
-  for (int64_t b = 0; b < p.num_sequences; ++b) {
-    *p.loss += finish_sequence(p, chunks, partials, b);
-  }
+  double loss = 0.0;
+  for (int64_t b = 0; b < p.num_sequences; ++b) loss += finish_sequence(p, chunks, partials, b);
+  *p.loss = static_cast<float>(loss);
 }
 
 /// ds[chosen] += the gradient of the weights with respect to the unbiased scores.
