@@ -31,30 +31,12 @@ using namespace detail;
 constexpr int64_t kTile = kFp8Tile;
 
 template <typename T>
-DSV3_INLINE void widen_block(const T* __restrict w, int64_t stride, int64_t rows, int64_t columns,
-                             Fp8TileRow* __restrict tile) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) tile[r][c] = load(w + r * stride + c);
-  }
-}
-DSV3_CLONES void widen(const float* w, int64_t stride, int64_t rows, int64_t columns,
-                       Fp8TileRow* tile) {
-  widen_block(w, stride, rows, columns, tile);
-}
-DSV3_CLONES void widen(const BFloat16* w, int64_t stride, int64_t rows, int64_t columns,
-                       Fp8TileRow* tile) {
-  widen_block(w, stride, rows, columns, tile);
-}
-
-template <typename T>
 void quantise_strip(const AdamWFp8& p, const T* weights, int64_t strip) {
-  alignas(64) Fp8TileRow tile[kTile];
   const int64_t row = strip * kTile, rows = std::min(kTile, p.rows - row);
   for (int64_t column = 0; column < p.columns; column += kTile) {
     const int64_t first = row * p.columns + column, columns = std::min(kTile, p.columns - column);
-    widen(weights + first, p.columns, rows, columns, tile);
     p.scales[strip * p.scale_stride + column / kTile] =
-        encode_block(tile, rows, columns, p.rule, p.codes + first, p.columns);
+        encode_block(weights + first, p.columns, rows, columns, p.rule, p.codes + first, p.columns);
   }
 }
 

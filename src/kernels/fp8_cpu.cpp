@@ -1,58 +1,122 @@
-// FP8 tiles on the host: maxima in lanes, codes by integer arithmetic on the floats' bits.
+// FP8 tiles on the host: maxima as integers, codes by arithmetic on the floats' bits, results
+// collected to whole cache lines.
 #include "kernels/detail/fp8_cpu.h"
 
 #include "kernels/detail/e4m3.h"
-#include "kernels/detail/lanes.h"
+#include "kernels/detail/streaming.h"
 
 namespace dsv3::kernels::cpu::detail {
 namespace {
 
-/// max |x|; NaN is passed over.
-DSV3_INLINE float amax_row(const float* x, int64_t size) {
-  LaneFloats top = {}, v;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    load_lanes(x + i, v);
-    v = v < 0.0f ? -v : v;
-    top = v > top ? v : top;
+/// Keys order as |x| does, NaN before everything: a maximum of integers passes over NaN.
+struct FloatKey {
+  using Type = int32_t;
+  static constexpr Type kZero = 0x7fffff;
+  DSV3_INLINE static Type of(float x) {
+    return static_cast<Type>((std::bit_cast<uint32_t>(x) & 0x7fffffffu) + 0x7fffffu);
   }
-  float parts[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) parts[j] = top[j];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) {
-      parts[j] = parts[j + half] > parts[j] ? parts[j + half] : parts[j];
-    }
+  DSV3_INLINE static float magnitude(Type key) { return std::bit_cast<float>(key - kZero); }
+};
+struct Bf16Key {
+  using Type = int16_t;
+  static constexpr Type kZero = 0x7f;
+  DSV3_INLINE static Type of(BFloat16 x) {
+    return static_cast<Type>(static_cast<uint16_t>((x.bits & 0x7fffu) + 0x7fu));
   }
-  float largest = parts[0];
-  for (; i < size; ++i) {
-    const float v1 = x[i] < 0.0f ? -x[i] : x[i];
-    largest = v1 > largest ? v1 : largest;
+  DSV3_INLINE static float magnitude(Type key) {
+    return std::bit_cast<float>(static_cast<uint32_t>(key - kZero) << 16);
   }
-  return largest;
+};
+template <typename T>
+using Key = std::conditional_t<std::is_same_v<T, float>, FloatKey, Bf16Key>;
+
+/// The key of max |x|.
+template <typename T>
+DSV3_INLINE auto top_key(const T* x, int64_t size) {
+  typename Key<T>::Type top = Key<T>::kZero;
+  if (size == kFp8Tile) {
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < kFp8Tile; ++i) top = std::max(top, Key<T>::of(x[i]));
+    return top;
+  }
+  for (int64_t i = 0; i < size; ++i) top = std::max(top, Key<T>::of(x[i]));
+  return top;
 }
 
-DSV3_INLINE void encode_row(const float* __restrict x, int64_t size, float inverse,
+template <typename T>
+DSV3_INLINE uint8_t code_of(const T* x, float inverse) {
+  return static_cast<uint8_t>(kernels::detail::e4m3_scaled_code(load(x) * inverse));
+}
+
+template <typename T>
+DSV3_INLINE void encode_row(const T* __restrict x, int64_t size, float inverse,
                             uint8_t* __restrict codes) {
+  if (size == kFp8Tile) {
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    codes[i] = static_cast<uint8_t>(kernels::detail::e4m3_code(x[i] * inverse));
+    for (int64_t i = 0; i < kFp8Tile; ++i) codes[i] = code_of(x + i, inverse);
+    return;
   }
+  for (int64_t i = 0; i < size; ++i) codes[i] = code_of(x + i, inverse);
 }
 
-DSV3_INLINE void encode_tile(const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
+template <typename T>
+DSV3_INLINE void encode_tile(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
                              float* scale) {
-  const auto pair = kernels::detail::tile_scale(amax_row(x, size), rule);
+  const float amax = Key<T>::magnitude(top_key(x, size));
+  const auto pair = kernels::detail::tile_scale(amax, rule);
   *scale = pair.scale;
   encode_row(x, size, pair.inverse, codes);
+}
+
+template <typename T>
+DSV3_INLINE void row_tiles_body(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
+                                float* scales, int64_t scale_stride) {
+  for (int64_t first = 0; first < size; first += kFp8Tile, scales += scale_stride) {
+    encode_tile(x + first, std::min(kFp8Tile, size - first), rule, codes + first, scales);
+  }
+}
+
+template <typename T>
+DSV3_INLINE float block_body(const T* x, int64_t stride, int64_t rows, int64_t columns,
+                             const ScaleRule& rule, uint8_t* codes, int64_t width) {
+  typename Key<T>::Type top = Key<T>::kZero;
+  for (int64_t r = 0; r < rows; ++r) top = std::max(top, top_key(x + r * stride, columns));
+  const auto scale = kernels::detail::tile_scale(Key<T>::magnitude(top), rule);
+  for (int64_t r = 0; r < rows; ++r) {
+    encode_row(x + r * stride, columns, scale.inverse, codes + r * width);
+  }
+  return scale.scale;
+}
+
+/// Whether pieces of rows of `to`, of multiples of `piece` bytes, are whole cache lines.
+bool whole_lines(const void* to, int64_t row_bytes, int64_t piece) {
+  return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(row_bytes | piece)) % 64 == 0;
+}
+
+template <typename T>
+DSV3_INLINE void rows_body(const Fp8TileRow<T>* tile, const Fp8Rows& out, const ScaleRule& rule,
+                           const Fp8Place& at, int64_t rows) {
+  const int64_t columns = std::min(kFp8Tile, at.width - at.column0);
+  const bool streamed = at.streamed && whole_lines(out.data, at.width, columns);
+  float* scales = out.scales + at.column0 / kFp8Tile * out.scale_stride + at.row0;
+  uint8_t* to = out.data + at.row0 * at.width + at.column0;
+  for (int64_t r = 0; r < rows; ++r, to += at.width) {
+    if (!streamed) {
+      encode_tile(tile[r], columns, rule, to, &scales[r]);
+      continue;
+    }
+    alignas(64) uint8_t codes[kFp8Tile];
+    encode_tile(tile[r], columns, rule, codes, &scales[r]);
+    stream_bytes(to, codes, columns);
+  }
 }
 
 constexpr int64_t kBytes = 16;
 using Bytes [[gnu::vector_size(16)]] = uint8_t;
 
-/// A 16×16 block of bytes at (r0, c0) transposed: four times, every row is interleaved with the one
-/// 8 further on. The rows of `to` are `stride` apart; only the first `columns` are written.
-DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kFp8Tile], int64_t columns, uint8_t* to,
-                                 int64_t stride) {
+/// A 16×16 block of bytes transposed: four times, every row is interleaved with the one 8 further
+/// on.
+DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kFp8Tile], uint8_t (*to)[kFp8Tile]) {
   Bytes rows[kBytes], next[kBytes];
   for (int64_t i = 0; i < kBytes; ++i) std::memcpy(&rows[i], from[i], kBytes);
 #pragma GCC unroll 4
@@ -68,69 +132,84 @@ DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kFp8Tile], int64_t column
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kBytes; ++i) rows[i] = next[i];
   }
-  for (int64_t i = 0; i < columns; ++i) std::memcpy(to + i * stride, &rows[i], kBytes);
+  for (int64_t i = 0; i < kBytes; ++i) std::memcpy(to[i], &rows[i], kBytes);
+}
+
+template <typename T>
+DSV3_INLINE void columns_body(const Fp8TileRow<T>* tile, const Fp8Columns& out,
+                              const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
+  alignas(64) typename Key<T>::Type top[kFp8Tile];
+  alignas(64) float scales[kFp8Tile], inverse[kFp8Tile];
+  alignas(64) uint8_t codes[kFp8Tile][kFp8Tile], turned[kBytes][kFp8Tile];
+  for (int64_t c = 0; c < kFp8Tile; ++c) top[c] = Key<T>::kZero;
+  for (int64_t r = 0; r < kFp8Tile; ++r) {
+#pragma omp simd
+    for (int64_t c = 0; c < kFp8Tile; ++c) top[c] = std::max(top[c], Key<T>::of(tile[r][c]));
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < kFp8Tile; ++c) {
+    const auto scale = kernels::detail::tile_scale(Key<T>::magnitude(top[c]), rule);
+    scales[c] = scale.scale;
+    inverse[c] = scale.inverse;
+  }
+  const int64_t columns = std::min(kFp8Tile, at.width - at.column0);
+  std::memcpy(out.scales + at.row0 / kFp8Tile * out.scale_stride + at.column0, scales,
+              static_cast<size_t>(columns) * sizeof(float));
+  for (int64_t r = 0; r < kFp8Tile; ++r) {
+#pragma omp simd
+    for (int64_t c = 0; c < kFp8Tile; ++c) codes[r][c] = code_of(&tile[r][c], inverse[c]);
+  }
+  const bool streamed = at.streamed && whole_lines(out.data, padded, kFp8Tile);
+  uint8_t* const to = out.data + at.column0 * padded + at.row0;
+  for (int64_t c = 0; c < columns; c += kBytes) {
+    for (int64_t r = 0; r < kFp8Tile; r += kBytes) {
+      transpose_bytes(reinterpret_cast<const uint8_t(*)[kFp8Tile]>(&codes[r][c]),
+                      reinterpret_cast<uint8_t(*)[kFp8Tile]>(&turned[0][r]));
+    }
+    for (int64_t i = 0; i < std::min(kBytes, columns - c); ++i) {
+      uint8_t* const column = to + (c + i) * padded;
+      streamed ? stream_bytes(column, turned[i], kFp8Tile)
+               : static_cast<void>(std::memcpy(column, turned[i], kFp8Tile));
+    }
+  }
 }
 
 }  // namespace
 
 DSV3_CLONES void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule,
                                   uint8_t* codes, float* scales, int64_t scale_stride) {
-  for (int64_t first = 0; first < size; first += kFp8Tile, scales += scale_stride) {
-    encode_tile(x + first, std::min(kFp8Tile, size - first), rule, codes + first, scales);
-  }
+  row_tiles_body(x, size, rule, codes, scales, scale_stride);
+}
+DSV3_CLONES void encode_row_tiles(const BFloat16* x, int64_t size, const ScaleRule& rule,
+                                  uint8_t* codes, float* scales, int64_t scale_stride) {
+  row_tiles_body(x, size, rule, codes, scales, scale_stride);
 }
 
-DSV3_CLONES float encode_block(const Fp8TileRow* tile, int64_t rows, int64_t columns,
+DSV3_CLONES float encode_block(const float* x, int64_t stride, int64_t rows, int64_t columns,
                                const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  float amax = 0.0f;
-  for (int64_t r = 0; r < rows; ++r) amax = std::max(amax, amax_row(tile[r], columns));
-  const auto scale = kernels::detail::tile_scale(amax, rule);
-  for (int64_t r = 0; r < rows; ++r) encode_row(tile[r], columns, scale.inverse, codes + r * width);
-  return scale.scale;
+  return block_body(x, stride, rows, columns, rule, codes, width);
+}
+DSV3_CLONES float encode_block(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns,
+                               const ScaleRule& rule, uint8_t* codes, int64_t width) {
+  return block_body(x, stride, rows, columns, rule, codes, width);
 }
 
-DSV3_CLONES void emit_rows(const Fp8TileRow* tile, const Fp8Rows& out, const ScaleRule& rule,
-                           int64_t row0, int64_t rows, int64_t column0, int64_t width) {
-  const int64_t columns = std::min(kFp8Tile, width - column0);
-  float* scales = out.scales + column0 / kFp8Tile * out.scale_stride + row0;
-  for (int64_t r = 0; r < rows; ++r) {
-    encode_tile(tile[r], columns, rule, out.data + (row0 + r) * width + column0, &scales[r]);
-  }
+DSV3_CLONES void emit_rows(const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
+                           const Fp8Place& at, int64_t rows) {
+  rows_body(tile, out, rule, at, rows);
+}
+DSV3_CLONES void emit_rows(const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out,
+                           const ScaleRule& rule, const Fp8Place& at, int64_t rows) {
+  rows_body(tile, out, rule, at, rows);
 }
 
-DSV3_CLONES void emit_columns(const Fp8TileRow* tile, const Fp8Columns& out, const ScaleRule& rule,
-                              int64_t row0, int64_t padded, int64_t column0, int64_t width) {
-  alignas(64) float amax[kFp8Tile] = {}, inverse[kFp8Tile];
-  alignas(64) uint8_t codes[kFp8Tile][kFp8Tile];
-  for (int64_t r = 0; r < kFp8Tile; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < kFp8Tile; ++c) {
-      const float v = tile[r][c] < 0.0f ? -tile[r][c] : tile[r][c];
-      amax[c] = v > amax[c] ? v : amax[c];
-    }
-  }
-  const int64_t columns = std::min(kFp8Tile, width - column0);
-#pragma omp simd
-  for (int64_t c = 0; c < kFp8Tile; ++c) {
-    const auto scale = kernels::detail::tile_scale(amax[c], rule);
-    amax[c] = scale.scale;
-    inverse[c] = scale.inverse;
-  }
-  std::memcpy(out.scales + row0 / kFp8Tile * out.scale_stride + column0, amax,
-              static_cast<size_t>(columns) * sizeof(float));
-  for (int64_t r = 0; r < kFp8Tile; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < kFp8Tile; ++c) {
-      codes[r][c] = static_cast<uint8_t>(kernels::detail::e4m3_code(tile[r][c] * inverse[c]));
-    }
-  }
-  uint8_t* const to = out.data + column0 * padded + row0;
-  for (int64_t c = 0; c < columns; c += kBytes) {
-    for (int64_t r = 0; r < kFp8Tile; r += kBytes) {
-      transpose_bytes(reinterpret_cast<const uint8_t(*)[kFp8Tile]>(&codes[r][c]),
-                      std::min(kBytes, columns - c), to + c * padded + r, padded);
-    }
-  }
+DSV3_CLONES void emit_columns(const Fp8TileRow<float>* tile, const Fp8Columns& out,
+                              const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
+  columns_body(tile, out, rule, at, padded);
+}
+DSV3_CLONES void emit_columns(const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out,
+                              const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
+  columns_body(tile, out, rule, at, padded);
 }
 
 }  // namespace dsv3::kernels::cpu::detail

@@ -26,10 +26,7 @@ DSV3_INLINE void write_body(const LatentCacheWrite& p, int64_t begin, int64_t en
     }
     auto* scales = reinterpret_cast<float*>(slot + p.latent_dim);
     for (int64_t first = 0; first < p.latent_dim; first += kFp8Tile) {
-      float tile[kFp8Tile];
-#pragma omp simd
-      for (int64_t c = 0; c < kFp8Tile; ++c) tile[c] = detail::load(&latent[first + c]);
-      detail::encode_row_tiles(tile, kFp8Tile, p.rule, slot + first, scales++, 1);
+      detail::encode_row_tiles(latent + first, kFp8Tile, p.rule, slot + first, scales++, 1);
     }
     write_bf16(rope, p.rope_dim, slot + bytes - 2 * p.rope_dim);
   }

@@ -4,6 +4,7 @@
 
 #include "kernels/detail/e4m3.h"
 #include "kernels/detail/fp8_cpu.h"
+#include "kernels/detail/streaming.h"
 
 namespace dsv3::kernels {
 
@@ -38,16 +39,17 @@ TileRows locate(const QuantizeTiles& p, int64_t tile) {
   return {0, 0};
 }
 
+/// A tile of FP8 numbers waits as the FP32 that they are.
 template <typename T>
-DSV3_INLINE void load_row(const QuantizeTiles& p, const T*, int64_t row, int64_t column,
-                          int64_t columns, float* __restrict out) {
-  const T* __restrict x = static_cast<const T*>(p.x) + row * p.x_stride + column;
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) out[c] = detail::load(&x[c]);
+using Kept = std::conditional_t<std::is_same_v<T, uint8_t>, float, T>;
+
+template <typename T>
+DSV3_INLINE void load_row(const QuantizeTiles&, const T* __restrict x, int64_t, int64_t,
+                          int64_t columns, T* __restrict out) {
+  std::memcpy(out, x, static_cast<size_t>(columns) * sizeof(T));
 }
-DSV3_INLINE void load_row(const QuantizeTiles& p, const uint8_t*, int64_t row, int64_t column,
-                          int64_t columns, float* __restrict out) {
-  const uint8_t* __restrict x = static_cast<const uint8_t*>(p.x) + row * p.x_stride + column;
+DSV3_INLINE void load_row(const QuantizeTiles& p, const uint8_t* __restrict x, int64_t row,
+                          int64_t column, int64_t columns, float* __restrict out) {
   const float scale = p.x_scales[column / kFp8Tile * p.x_scale_stride + row];
 #pragma omp simd
   for (int64_t c = 0; c < columns; ++c) out[c] = kernels::detail::e4m3_value(x[c]) * scale;
@@ -55,8 +57,8 @@ DSV3_INLINE void load_row(const QuantizeTiles& p, const uint8_t*, int64_t row, i
 
 /// Tiles [begin, end) in the order of rows, then columns.
 template <typename T>
-DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end) {
-  alignas(64) Fp8TileRow tile[kFp8Tile];
+DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end, bool streamed) {
+  alignas(64) Fp8TileRow<Kept<T>> tile[kFp8Tile];
   const int64_t across = (p.width + kFp8Tile - 1) / kFp8Tile;
   const bool grouped = p.groups.num_groups > 0;
   const int64_t padded =
@@ -67,49 +69,49 @@ DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end) 
     const int64_t columns = std::min(kFp8Tile, p.width - column);
     // Rows that do not exist matter only where they leave as zeros.
     const int64_t needed = grouped || p.columns.data != nullptr ? kFp8Tile : valid;
+    // The next tile, asked for while this one is read.
+    const int64_t ahead = column + kFp8Tile < p.width ? kFp8Tile : kFp8Tile * p.x_stride - column;
     for (int64_t r = 0; r < needed; ++r) {
       const int64_t filled = r < valid ? columns : 0;
       if (filled > 0) {
-        load_row(p, static_cast<const T*>(nullptr), source + r, column, filled, tile[r]);
+        const T* x = static_cast<const T*>(p.x) + (source + r) * p.x_stride + column;
+        detail::prefetch_bytes(x + ahead, kFp8Tile * static_cast<int64_t>(sizeof(T)));
+        load_row(p, x, source + r, column, filled, tile[r]);
       }
-      for (int64_t c = filled; c < kFp8Tile; ++c) tile[r][c] = 0.0f;
+      for (int64_t c = filled; c < kFp8Tile; ++c) tile[r][c] = {};
     }
-    const int64_t row = down * kFp8Tile;
+    const detail::Fp8Place at{down * kFp8Tile, column, p.width, streamed};
     if (p.rows.data != nullptr) {
-      detail::emit_rows(tile, p.rows, p.rule, row, grouped ? kFp8Tile : valid, column, p.width);
+      detail::emit_rows(tile, p.rows, p.rule, at, grouped ? kFp8Tile : valid);
     }
-    if (p.columns.data != nullptr) {
-      detail::emit_columns(tile, p.columns, p.rule, row, padded, column, p.width);
-    }
+    if (p.columns.data != nullptr) detail::emit_columns(tile, p.columns, p.rule, at, padded);
   }
+  detail::stream_fence();
 }
 
-DSV3_CLONES void quantize_part(const QuantizeTiles& p, const float*, int64_t begin, int64_t end) {
-  tiles_body<float>(p, begin, end);
+DSV3_CLONES void quantize_part(const QuantizeTiles& p, const float*, int64_t begin, int64_t end,
+                               bool streamed) {
+  tiles_body<float>(p, begin, end, streamed);
 }
-DSV3_CLONES void quantize_part(const QuantizeTiles& p, const BFloat16*, int64_t begin,
-                               int64_t end) {
-  tiles_body<BFloat16>(p, begin, end);
+DSV3_CLONES void quantize_part(const QuantizeTiles& p, const BFloat16*, int64_t begin, int64_t end,
+                               bool streamed) {
+  tiles_body<BFloat16>(p, begin, end, streamed);
 }
-DSV3_CLONES void quantize_part(const QuantizeTiles& p, const uint8_t*, int64_t begin, int64_t end) {
-  tiles_body<uint8_t>(p, begin, end);
+DSV3_CLONES void quantize_part(const QuantizeTiles& p, const uint8_t*, int64_t begin, int64_t end,
+                               bool streamed) {
+  tiles_body<uint8_t>(p, begin, end, streamed);
 }
 
 template <typename T>
 DSV3_INLINE void blocks_body(const QuantizeBlocks& p, int64_t begin, int64_t end) {
-  alignas(64) Fp8TileRow tile[kFp8Tile];
   const int64_t across = (p.width + kFp8Tile - 1) / kFp8Tile;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / across * kFp8Tile, column = i % across * kFp8Tile;
     const int64_t rows = std::min(kFp8Tile, p.num_rows - row);
     const int64_t columns = std::min(kFp8Tile, p.width - column);
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* __restrict x = static_cast<const T*>(p.x) + (row + r) * p.x_stride + column;
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) tile[r][c] = detail::load(&x[c]);
-    }
-    p.scales[row / kFp8Tile * p.scale_stride + column / kFp8Tile] =
-        detail::encode_block(tile, rows, columns, p.rule, p.data + row * p.width + column, p.width);
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride + column;
+    p.scales[row / kFp8Tile * p.scale_stride + column / kFp8Tile] = detail::encode_block(
+        x, p.x_stride, rows, columns, p.rule, p.data + row * p.width + column, p.width);
   }
 }
 
@@ -165,9 +167,11 @@ void quantize_tiles(const QuantizeTiles& p) {
   const int64_t rows = p.groups.num_groups > 0 ? p.groups.padded_rows : p.num_tokens;
   const int64_t tiles = (rows + kFp8Tile - 1) / kFp8Tile * ((p.width + kFp8Tile - 1) / kFp8Tile);
   const int64_t bytes = kFp8Tile * kFp8Tile * (size_of(p.dtype) + 1);
+  const bool streamed = tiles * bytes >= detail::kStreamedBytes;
   const auto run = [&](auto* type) {
-    detail::parallel_rows(tiles, bytes,
-                          [&](int64_t begin, int64_t end) { quantize_part(p, type, begin, end); });
+    detail::parallel_rows(tiles, bytes, [&](int64_t begin, int64_t end) {
+      quantize_part(p, type, begin, end, streamed);
+    });
   };
   if (p.dtype == DType::kF8E4M3) return run(static_cast<uint8_t*>(nullptr));
   detail::dispatch_float("quantize_tiles", p.dtype, run);

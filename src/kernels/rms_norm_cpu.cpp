@@ -62,22 +62,26 @@ DSV3_INLINE void scale_row(const T* __restrict x, const T* __restrict weight, fl
 
 template <typename T>
 DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __restrict x,
-                              float inv_rms, const T* next) {
+                              float inv_rms, bool streamed, const T* next) {
   const T* __restrict weight = static_cast<const T*>(p.weight);
   for (int64_t first = 0; first < p.hidden; first += detail::kStaged) {
     const int64_t size = std::min(detail::kStaged, p.hidden - first);
-    alignas(64) float part[detail::kStaged];
+    alignas(64) T part[detail::kStaged];
     detail::prefetch_bytes(next + first, size * static_cast<int64_t>(sizeof(T)));
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) {
-      T rounded;
-      detail::store(&rounded,
+      detail::store(&part[d],
                     detail::load(&x[first + d]) * (inv_rms * detail::load(&weight[first + d])));
-      part[d] = detail::load(&rounded);
     }
     float* scales = p.quantized.scales + first / kFp8Tile * p.quantized.scale_stride + t;
-    detail::encode_row_tiles(part, size, p.rule, p.quantized.data + t * p.hidden + first, scales,
-                             p.quantized.scale_stride);
+    uint8_t* to = p.quantized.data + t * p.hidden + first;
+    if (!streamed) {
+      detail::encode_row_tiles(part, size, p.rule, to, scales, p.quantized.scale_stride);
+      continue;
+    }
+    alignas(64) uint8_t codes[detail::kStaged];
+    detail::encode_row_tiles(part, size, p.rule, codes, scales, p.quantized.scale_stride);
+    detail::stream_bytes(to, codes, size);
   }
 }
 
@@ -111,7 +115,7 @@ DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t en
       scale_row(x, static_cast<const T*>(p.second_weight), inv_rms, D, streamed, next,
                 static_cast<T*>(p.second_y) + t * D);
     }
-    if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms, next);
+    if (p.quantized.data != nullptr) quantize_row(p, t, x, inv_rms, streamed, next);
   }
   detail::stream_fence();
 }

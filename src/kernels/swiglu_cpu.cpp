@@ -127,92 +127,103 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
   detail::stream_fence();
 }
 
-/// A row of a tile, as it is rounded to the dtype, with zeros up to 128; to y too unless null.
+/// A part of y that is ready.
 template <typename T>
-DSV3_INLINE void keep_row(const float* __restrict row, int64_t columns, float* __restrict tile,
-                          T* __restrict y) {
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) {
-    T rounded;
-    detail::store(&rounded, row[c]);
-    tile[c] = detail::load(&rounded);
+DSV3_INLINE void put_row(const T* row, int64_t columns, bool streamed, T* y) {
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  if (streamed) {
+    detail::stream_bytes(y, row, bytes);
+  } else {
+    std::memcpy(y, row, static_cast<size_t>(bytes));
   }
-  for (int64_t c = columns; c < kFp8Tile; ++c) tile[c] = 0.0f;
-  if (y == nullptr) return;
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) detail::store(&y[c], tile[c]);
 }
 
-/// The forms that are wanted of the tile at (row0, column0) of a matrix.
-DSV3_INLINE void emit(Fp8TileRow* tile, const Fp8Rows& rows, const Fp8Columns& columns,
-                      const ScaleRule& rule, int64_t row0, int64_t num_rows, int64_t column0,
-                      int64_t width) {
-  const int64_t exist = std::min(kFp8Tile, num_rows - row0);
-  if (rows.data != nullptr) {
-    detail::emit_rows(tile, rows, rule, row0, exist, column0, width);
-  }
+/// The forms that are wanted of a tile of a matrix of `num_rows` rows.
+template <typename T>
+DSV3_INLINE void emit(Fp8TileRow<T>* tile, const Fp8Rows& rows, const Fp8Columns& columns,
+                      const ScaleRule& rule, const detail::Fp8Place& at, int64_t num_rows) {
+  const int64_t exist = std::min(kFp8Tile, num_rows - at.row0);
+  if (rows.data != nullptr) detail::emit_rows(tile, rows, rule, at, exist);
   if (columns.data == nullptr) return;
-  for (int64_t r = exist; r < kFp8Tile; ++r) std::memset(tile[r], 0, sizeof(Fp8TileRow));
-  detail::emit_columns(tile, columns, rule, row0, (num_rows + kFp8Tile - 1) / kFp8Tile * kFp8Tile,
-                       column0, width);
+  for (int64_t r = exist; r < kFp8Tile; ++r) std::fill_n(tile[r], kFp8Tile, T{});
+  detail::emit_columns(tile, columns, rule, at, (num_rows + kFp8Tile - 1) / kFp8Tile * kFp8Tile);
 }
 
 /// Tiles [begin, end) in the order of rows, then columns.
 template <typename T>
-DSV3_INLINE void forward_tiles_body(const SwigluForward& p, int64_t begin, int64_t end) {
-  alignas(64) Fp8TileRow tile[kFp8Tile];
+DSV3_INLINE void forward_tiles_body(const SwigluForward& p, int64_t begin, int64_t end,
+                                    bool streamed) {
+  alignas(64) Fp8TileRow<T> tile[kFp8Tile];
+  constexpr int64_t kRowBytes = sizeof(tile[0]);
   const int64_t I = p.intermediate, across = (I + kFp8Tile - 1) / kFp8Tile;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t row0 = n / across * kFp8Tile, column0 = n % across * kFp8Tile;
     const int64_t columns = std::min(kFp8Tile, I - column0);
+    // The next tile, asked for while this one is read.
+    const int64_t ahead = column0 + kFp8Tile < I ? kFp8Tile : kFp8Tile * 2 * I - column0;
     for (int64_t t = row0; t < std::min(row0 + kFp8Tile, p.num_tokens); ++t) {
       const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I + column0;
       const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
-      float row[kFp8Tile];
+      T* __restrict row = tile[t - row0];
+      detail::prefetch_bytes(gate + ahead, kRowBytes);
+      detail::prefetch_bytes(gate + I + ahead, kRowBytes);
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c) {
-        row[c] = value(detail::load(&gate[c]), detail::load(&gate[I + c]), weight);
+        detail::store(&row[c], value(detail::load(&gate[c]), detail::load(&gate[I + c]), weight));
       }
-      T* y = p.y != nullptr ? static_cast<T*>(p.y) + t * I + column0 : nullptr;
-      keep_row(row, columns, tile[t - row0], y);
+      for (int64_t c = columns; c < kFp8Tile; ++c) row[c] = {};
+      if (p.y != nullptr) put_row(row, columns, streamed, static_cast<T*>(p.y) + t * I + column0);
     }
-    emit(tile, p.rows, p.columns, p.rule, row0, p.num_tokens, column0, I);
+    emit(tile, p.rows, p.columns, p.rule, {row0, column0, I, streamed}, p.num_tokens);
   }
+  detail::stream_fence();
 }
 
 /// The intermediate size is a multiple of 128.
 template <typename T>
-DSV3_INLINE void backward_tiles_body(const SwigluBackward& p, int64_t begin, int64_t end) {
-  alignas(64) Fp8TileRow tiles[2][kFp8Tile];
+DSV3_INLINE void backward_tiles_body(const SwigluBackward& p, int64_t begin, int64_t end,
+                                     bool streamed) {
+  alignas(64) Fp8TileRow<T> tiles[2][kFp8Tile];
+  constexpr int64_t kRowBytes = sizeof(tiles[0][0]);
   const int64_t I = p.intermediate, across = I / kFp8Tile;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t row0 = n / across * kFp8Tile, column0 = n % across * kFp8Tile;
+    const bool last = column0 + kFp8Tile == I;
     for (int64_t t = row0; t < std::min(row0 + kFp8Tile, p.num_tokens); ++t) {
       const T* __restrict gate = static_cast<const T*>(p.gate_up) + t * 2 * I + column0;
       const T* __restrict dy = static_cast<const T*>(p.dy) + t * I + column0;
       const float weight = p.row_weight != nullptr ? p.row_weight[t] : 1.0f;
-      alignas(64) float rows[2][kFp8Tile], shares[kFp8Tile];
+      T* __restrict dgate = tiles[0][t - row0];
+      T* __restrict dup = tiles[1][t - row0];
+      alignas(64) float shares[kFp8Tile];
+      // The next tile, asked for while this one is read.
+      const int64_t ahead = last ? kFp8Tile * 2 * I - column0 : kFp8Tile;
+      detail::prefetch_bytes(gate + ahead, kRowBytes);
+      detail::prefetch_bytes(gate + I + ahead, kRowBytes);
+      detail::prefetch_bytes(dy + (last ? kFp8Tile * I - column0 : kFp8Tile), kRowBytes);
 #pragma omp simd
       for (int64_t c = 0; c < kFp8Tile; ++c) {
         const Gradients d = gradients(detail::load(&gate[c]), detail::load(&gate[I + c]),
                                       detail::load(&dy[c]), weight);
-        rows[0][c] = d.gate;
-        rows[1][c] = d.up;
+        detail::store(&dgate[c], d.gate);
+        detail::store(&dup[c], d.up);
         shares[c] = d.share;
       }
       if (p.drow_weight != nullptr) {
         p.scratch[column0 / kFp8Tile * p.num_tokens + t] = detail::sum_row(shares, kFp8Tile);
       }
-      for (int64_t half = 0; half < 2; ++half) {
-        T* to = p.dgate_up != nullptr ? static_cast<T*>(p.dgate_up) + t * 2 * I + half * I + column0
-                                      : nullptr;
-        keep_row(rows[half], kFp8Tile, tiles[half][t - row0], to);
+      if (p.dgate_up != nullptr) {
+        T* to = static_cast<T*>(p.dgate_up) + t * 2 * I + column0;
+        put_row(dgate, kFp8Tile, streamed, to);
+        put_row(dup, kFp8Tile, streamed, to + I);
       }
     }
     for (int64_t half = 0; half < 2; ++half) {
-      emit(tiles[half], p.rows, p.columns, p.rule, row0, p.num_tokens, half * I + column0, 2 * I);
+      const detail::Fp8Place at{row0, half * I + column0, 2 * I, streamed};
+      emit(tiles[half], p.rows, p.columns, p.rule, at, p.num_tokens);
     }
   }
+  detail::stream_fence();
 }
 
 DSV3_CLONES void forward_rows(const SwigluForward& p, const float*, int64_t begin, int64_t end,
@@ -233,19 +244,21 @@ DSV3_CLONES void backward_rows(const SwigluBackward& p, const BFloat16*, int64_t
   p.drow_weight != nullptr ? backward_body<BFloat16, true>(p, begin, end, streamed)
                            : backward_body<BFloat16, false>(p, begin, end, streamed);
 }
-DSV3_CLONES void forward_tiles(const SwigluForward& p, const float*, int64_t begin, int64_t end) {
-  forward_tiles_body<float>(p, begin, end);
+DSV3_CLONES void forward_tiles(const SwigluForward& p, const float*, int64_t begin, int64_t end,
+                               bool streamed) {
+  forward_tiles_body<float>(p, begin, end, streamed);
 }
-DSV3_CLONES void forward_tiles(const SwigluForward& p, const BFloat16*, int64_t begin,
-                               int64_t end) {
-  forward_tiles_body<BFloat16>(p, begin, end);
+DSV3_CLONES void forward_tiles(const SwigluForward& p, const BFloat16*, int64_t begin, int64_t end,
+                               bool streamed) {
+  forward_tiles_body<BFloat16>(p, begin, end, streamed);
 }
-DSV3_CLONES void backward_tiles(const SwigluBackward& p, const float*, int64_t begin, int64_t end) {
-  backward_tiles_body<float>(p, begin, end);
+DSV3_CLONES void backward_tiles(const SwigluBackward& p, const float*, int64_t begin, int64_t end,
+                                bool streamed) {
+  backward_tiles_body<float>(p, begin, end, streamed);
 }
 DSV3_CLONES void backward_tiles(const SwigluBackward& p, const BFloat16*, int64_t begin,
-                                int64_t end) {
-  backward_tiles_body<BFloat16>(p, begin, end);
+                                int64_t end, bool streamed) {
+  backward_tiles_body<BFloat16>(p, begin, end, streamed);
 }
 
 int64_t tiles_of(int64_t size) {
@@ -257,15 +270,15 @@ int64_t tiles_of(int64_t size) {
 void swiglu_forward(const SwigluForward& p) {
   const int64_t row_bytes = p.intermediate * size_of(p.dtype);
   const bool tiled = p.rows.data != nullptr || p.columns.data != nullptr;
+  const bool streamed = p.num_tokens * row_bytes >= detail::kStreamedBytes;
   detail::dispatch_float("swiglu", p.dtype, [&](auto* type) {
     if (tiled) {
       detail::parallel_rows(
           tiles_of(p.num_tokens) * tiles_of(p.intermediate),
           kFp8Tile * kFp8Tile * 3 * size_of(p.dtype),
-          [&](int64_t begin, int64_t end) { forward_tiles(p, type, begin, end); });
+          [&](int64_t begin, int64_t end) { forward_tiles(p, type, begin, end, streamed); });
       return;
     }
-    const bool streamed = p.num_tokens * row_bytes >= detail::kStreamedBytes;
     detail::parallel_rows(p.num_tokens, 3 * row_bytes, [&](int64_t begin, int64_t end) {
       forward_rows(p, type, begin, end, streamed);
     });
@@ -278,18 +291,18 @@ void swiglu_backward(const SwigluBackward& p) {
   require(!tiled || p.intermediate % kFp8Tile == 0,
           "[swiglu_backward] intermediate: FP8 gradients need a multiple of 128, got {}",
           p.intermediate);
+  const bool streamed = 2 * p.num_tokens * row_bytes >= detail::kStreamedBytes;
   detail::dispatch_float("swiglu_backward", p.dtype, [&](auto* type) {
     if (!tiled) {
-      const bool streamed = 2 * p.num_tokens * row_bytes >= detail::kStreamedBytes;
       detail::parallel_rows(p.num_tokens, 5 * row_bytes, [&](int64_t begin, int64_t end) {
         backward_rows(p, type, begin, end, streamed);
       });
       return;
     }
     const int64_t across = tiles_of(p.intermediate);
-    detail::parallel_rows(tiles_of(p.num_tokens) * across,
-                          kFp8Tile * kFp8Tile * 5 * size_of(p.dtype),
-                          [&](int64_t begin, int64_t end) { backward_tiles(p, type, begin, end); });
+    detail::parallel_rows(
+        tiles_of(p.num_tokens) * across, kFp8Tile * kFp8Tile * 5 * size_of(p.dtype),
+        [&](int64_t begin, int64_t end) { backward_tiles(p, type, begin, end, streamed); });
     for (int64_t t = 0; p.drow_weight != nullptr && t < p.num_tokens; ++t) {
       float sum = 0.0f;
       for (int64_t i = 0; i < across; ++i) sum += p.scratch[i * p.num_tokens + t];

@@ -61,6 +61,19 @@ DSV3_E4M3_INLINE uint32_t e4m3_code(float x) {
   return all > 0x7f800000u ? 0x7fu : code;
 }
 
+/// e4m3_code of a product by its tile's inverse: of |x| ≤ 449, which saturates by rounding alone,
+/// or NaN. Adding a power of two whose last bit counts 2^(e-3) rounds a number of exponent e (-6
+/// below 2^-6); what is added is 7 · 8 more, so that 8 · the exponent's bits complete the code
+/// modulo 128.
+DSV3_E4M3_INLINE uint32_t e4m3_scaled_code(float x) {
+  const uint32_t bits = float_bits(x < 480.0f ? x : 480.0f);  // NaN: 480 would be 0x7f
+  const uint32_t exponent = bits & 0x7f800000u, least = 121u << 23;
+  const uint32_t counted = exponent > least ? exponent : least;
+  const uint32_t step = counted + (20u << 23) + 56u;
+  const uint32_t sum = float_bits(bits_float(bits & 0x7fffffffu) + bits_float(step));
+  return ((sum + (counted >> 20)) & 0x7fu) | ((bits >> 24) & 0x80u);
+}
+
 /// The number of a code; exact.
 DSV3_E4M3_INLINE float e4m3_value(uint32_t code) {
   const uint32_t magnitude = code & 0x7fu, sign = (code & 0x80u) << 24;

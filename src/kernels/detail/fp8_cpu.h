@@ -8,24 +8,39 @@
 
 namespace dsv3::kernels::cpu::detail {
 
-using Fp8TileRow = float[kFp8Tile];
+/// A tile waits in the dtype that it is rounded to.
+template <typename T>
+using Fp8TileRow = T[kFp8Tile];
+
+/// Where a tile stands in a matrix of `width` columns.
+struct Fp8Place {
+  int64_t row0, column0, width;
+  bool streamed;  // results go past the caches
+};
 
 /// One row's codes and scales, tile j's scale at scales[j · scale_stride].
 void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
                       float* scales, int64_t scale_stride);
+void encode_row_tiles(const BFloat16* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
+                      float* scales, int64_t scale_stride);
 
-/// The first `rows` rows of the tile at (row0, column0) into a matrix of `width` columns.
-void emit_rows(const Fp8TileRow* tile, const Fp8Rows& out, const ScaleRule& rule, int64_t row0,
-               int64_t rows, int64_t column0, int64_t width);
+/// The first `rows` rows of a tile.
+void emit_rows(const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
+               const Fp8Place& at, int64_t rows);
+void emit_rows(const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out, const ScaleRule& rule,
+               const Fp8Place& at, int64_t rows);
 
-/// The whole tile at (row0, column0), zeros where no token exists, transposed, into a matrix of
-/// `padded` tokens.
-void emit_columns(const Fp8TileRow* tile, const Fp8Columns& out, const ScaleRule& rule,
-                  int64_t row0, int64_t padded, int64_t column0, int64_t width);
+/// The whole tile, zeros where no token exists, transposed, into a matrix of `padded` tokens.
+void emit_columns(const Fp8TileRow<float>* tile, const Fp8Columns& out, const ScaleRule& rule,
+                  const Fp8Place& at, int64_t padded);
+void emit_columns(const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out, const ScaleRule& rule,
+                  const Fp8Place& at, int64_t padded);
 
-/// One 128×128 block, `rows` by `columns` of it: its codes into a matrix of `width` columns;
-/// returns its scale.
-float encode_block(const Fp8TileRow* tile, int64_t rows, int64_t columns, const ScaleRule& rule,
-                   uint8_t* codes, int64_t width);
+/// One 128×128 block, `rows` by `columns` of it with rows `stride` apart: its codes into a matrix
+/// of `width` columns; returns its scale.
+float encode_block(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                   const ScaleRule& rule, uint8_t* codes, int64_t width);
+float encode_block(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns,
+                   const ScaleRule& rule, uint8_t* codes, int64_t width);
 
 }  // namespace dsv3::kernels::cpu::detail
