@@ -3,6 +3,7 @@
 #include "kernels/detail/fp8_cpu.h"
 
 #include "kernels/detail/e4m3.h"
+#include "kernels/detail/lanes.h"
 #include "kernels/detail/streaming.h"
 
 namespace dsv3::kernels::cpu::detail {
@@ -59,20 +60,45 @@ DSV3_INLINE void encode_row(const T* __restrict x, int64_t size, float inverse,
   for (int64_t i = 0; i < size; ++i) codes[i] = code_of(x + i, inverse);
 }
 
-template <typename T>
-DSV3_INLINE void encode_tile(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
-                             float* scale) {
-  const float amax = Key<T>::magnitude(top_key(x, size));
-  const auto pair = kernels::detail::tile_scale(amax, rule);
-  *scale = pair.scale;
-  encode_row(x, size, pair.inverse, codes);
+/// Tiles whose scales are divided side by side, which hides how long a division takes.
+constexpr int64_t kAtOnce = kLanes;
+
+/// Note: lanes are set in a register, because a vector loaded right after its parts were stored
+/// waits for all stores before them.
+DSV3_INLINE void set_lane(LaneFloats& lanes, int64_t i, float value) {
+  constexpr LaneInts kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const LaneInts here = LaneInts{} + static_cast<uint32_t>(i);
+  lanes = kLane == here ? LaneFloats{} + value : lanes;
+}
+
+DSV3_INLINE void scales_of(const LaneFloats& amax, const ScaleRule& rule, float* scales,
+                           float* inverse) {
+#pragma omp simd
+  for (int64_t i = 0; i < kAtOnce; ++i) {
+    const auto pair = kernels::detail::tile_scale(amax[i], rule);
+    scales[i] = pair.scale;
+    inverse[i] = pair.inverse;
+  }
 }
 
 template <typename T>
 DSV3_INLINE void row_tiles_body(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
                                 float* scales, int64_t scale_stride) {
-  for (int64_t first = 0; first < size; first += kFp8Tile, scales += scale_stride) {
-    encode_tile(x + first, std::min(kFp8Tile, size - first), rule, codes + first, scales);
+  LaneFloats amax = {};
+  alignas(64) float scale[kAtOnce], inverse[kAtOnce];
+  for (int64_t first = 0; first < size; first += kAtOnce * kFp8Tile) {
+    const int64_t part = std::min(kAtOnce * kFp8Tile, size - first);
+    for (int64_t i = 0; i * kFp8Tile < part; ++i) {
+      const int64_t at = i * kFp8Tile;
+      const auto top = top_key(x + first + at, std::min(kFp8Tile, part - at));
+      set_lane(amax, i, Key<T>::magnitude(top));
+    }
+    scales_of(amax, rule, scale, inverse);
+    for (int64_t i = 0; i * kFp8Tile < part; ++i, scales += scale_stride) {
+      const int64_t at = first + i * kFp8Tile;
+      encode_row(x + at, std::min(kFp8Tile, size - at), inverse[i], codes + at);
+      *scales = scale[i];
+    }
   }
 }
 
@@ -100,14 +126,24 @@ DSV3_INLINE void rows_body(const Fp8TileRow<T>* tile, const Fp8Rows& out, const 
   const bool streamed = at.streamed && whole_lines(out.data, at.width, columns);
   float* scales = out.scales + at.column0 / kFp8Tile * out.scale_stride + at.row0;
   uint8_t* to = out.data + at.row0 * at.width + at.column0;
-  for (int64_t r = 0; r < rows; ++r, to += at.width) {
-    if (!streamed) {
-      encode_tile(tile[r], columns, rule, to, &scales[r]);
-      continue;
+  LaneFloats amax = {};
+  alignas(64) float scale[kAtOnce], inverse[kAtOnce];
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t part = std::min(kAtOnce, rows - first);
+    for (int64_t i = 0; i < part; ++i) {
+      set_lane(amax, i, Key<T>::magnitude(top_key(tile[first + i], columns)));
     }
-    alignas(64) uint8_t codes[kFp8Tile];
-    encode_tile(tile[r], columns, rule, codes, &scales[r]);
-    stream_bytes(to, codes, columns);
+    scales_of(amax, rule, scale, inverse);
+    std::memcpy(scales + first, scale, static_cast<size_t>(part) * sizeof(float));
+    for (int64_t i = 0; i < part; ++i, to += at.width) {
+      if (!streamed) {
+        encode_row(tile[first + i], columns, inverse[i], to);
+        continue;
+      }
+      alignas(64) uint8_t codes[kFp8Tile];
+      encode_row(tile[first + i], columns, inverse[i], codes);
+      stream_bytes(to, codes, columns);
+    }
   }
 }
 

@@ -32,6 +32,8 @@ constexpr int64_t kHostMaxPartials = 64;
 constexpr int64_t kRowsPerShare = 16;
 /// Elements of a row that a thread keeps while it is normalised.
 constexpr int64_t kKeptRow = 8192;
+/// Elements of a row that are quantised at once: sixteen tiles.
+constexpr int64_t kQuantized = 16 * kFp8Tile;
 
 /// out = x + residual.
 template <typename T>
@@ -64,9 +66,10 @@ template <typename T>
 DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __restrict x,
                               float inv_rms, bool streamed, const T* next) {
   const T* __restrict weight = static_cast<const T*>(p.weight);
-  for (int64_t first = 0; first < p.hidden; first += detail::kStaged) {
-    const int64_t size = std::min(detail::kStaged, p.hidden - first);
-    alignas(64) T part[detail::kStaged];
+  for (int64_t first = 0; first < p.hidden; first += kQuantized) {
+    const int64_t size = std::min(kQuantized, p.hidden - first);
+    detail::Room<T, kQuantized> room;
+    T* const __restrict part = room.data();
     detail::prefetch_bytes(next + first, size * static_cast<int64_t>(sizeof(T)));
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) {
@@ -79,7 +82,7 @@ DSV3_INLINE void quantize_row(const RmsNormForward& p, int64_t t, const T* __res
       detail::encode_row_tiles(part, size, p.rule, to, scales, p.quantized.scale_stride);
       continue;
     }
-    alignas(64) uint8_t codes[detail::kStaged];
+    alignas(64) uint8_t codes[kQuantized];
     detail::encode_row_tiles(part, size, p.rule, codes, scales, p.quantized.scale_stride);
     detail::stream_bytes(to, codes, size);
   }
@@ -93,14 +96,14 @@ DSV3_INLINE float inverse_rms(const T* x, int64_t size, float eps) {
 template <typename T>
 DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t D = p.hidden;
-  alignas(64) T kept[kKeptRow];
+  detail::Room<T, kKeptRow> kept;
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
     const T* next = x + p.x_stride;  // asked for while this row is written
     if (p.residual != nullptr) {
       T* sum = static_cast<T*>(p.sum) + t * D;
       // A streamed row is read again from here.
-      T* to = streamed && D <= kKeptRow ? kept : sum;
+      T* to = streamed && D <= kKeptRow ? kept.data() : sum;
       add_row(x, static_cast<const T*>(p.residual) + t * D, D, to);
       if (to != sum) detail::stream_bytes(sum, to, D * static_cast<int64_t>(sizeof(T)));
       x = to;

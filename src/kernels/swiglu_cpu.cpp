@@ -96,7 +96,8 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
     // Note: dgate may be gate. Both halves of a part are read before either is written.
     for (int64_t first = 0; first < I; first += detail::kStaged) {
       const int64_t size = std::min(detail::kStaged, I - first);
-      alignas(64) T staged[2][detail::kStaged];
+      detail::Room<T, detail::kStaged> halves[2];
+      T* const __restrict staged[2] = {halves[0].data(), halves[1].data()};
       alignas(64) float shares[detail::kStaged];
       if (streamed) {
         prefetch_part(gate, gate + I, first + size, I);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -49,6 +50,17 @@ void parallel_rows(int64_t rows, int64_t bytes_per_row, const Fn& fn) {
     if (begin < end) fn(begin, end);
   }
 }
+
+/// An array of `size` elements on the stack that is not filled beforehand: BFloat16's zeros would
+/// be written each time a loop comes by.
+template <typename T, int64_t size>
+class Room {
+ public:
+  DSV3_INLINE T* data() { return reinterpret_cast<T*>(bytes_); }
+
+ private:
+  alignas(64) std::byte bytes_[size * static_cast<int64_t>(sizeof(T))];
+};
 
 DSV3_INLINE float load(const float* x) {
   return *x;

@@ -55,11 +55,11 @@ DSV3_INLINE void prefetch_bytes(const void* from, int64_t bytes) {
 template <typename T, typename Make>
 DSV3_INLINE void write_row(T* y, int64_t size, bool streamed, const Make& make) {
   if (!streamed) return make(int64_t{0}, size, y);
-  alignas(64) T staged[kStaged];
+  Room<T, kStaged> staged;
   for (int64_t begin = 0; begin < size; begin += kStaged) {
     const int64_t end = std::min(begin + kStaged, size);
-    make(begin, end, static_cast<T*>(staged));
-    stream_bytes(y + begin, staged, (end - begin) * static_cast<int64_t>(sizeof(T)));
+    make(begin, end, staged.data());
+    stream_bytes(y + begin, staged.data(), (end - begin) * static_cast<int64_t>(sizeof(T)));
   }
 }
 
