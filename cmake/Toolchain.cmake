@@ -23,8 +23,8 @@ if(DSV3_SANITIZE)
 endif()
 
 if(DSV3_CUDA)
-  # sm_80 is the oldest supported; sm_90a carries Hopper's own instructions.
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real CACHE STRING "CUDA architectures")
+  # sm_80 is the oldest supported, and its PTX serves what is newer; sm_90a carries Hopper's own instructions.
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real CACHE STRING "CUDA architectures")
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD 20)
   # CMake 3.25 does not know how nvcc spells that dialect.
