@@ -3,6 +3,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
 
+#include "ops/fp8.h"
+
 namespace dsv3::bench {
 namespace {
 
@@ -42,6 +44,22 @@ int64_t scale_bytes(int64_t rows, int64_t width) {
 
 int64_t padded_rows(int64_t rows) {
   return (rows + kTile - 1) / kTile * kTile;
+}
+
+kernels::Fp8Rows fp8_rows(Setup& setup, int64_t num_tokens, int64_t width) {
+  const auto tiles = ops::empty_row_tiles(num_tokens, width, setup.empty({0}));
+  setup.keep(tiles.data), setup.keep(tiles.scales);
+  return ops::rows_of(tiles);
+}
+
+kernels::Fp8Columns fp8_columns(Setup& setup, int64_t num_tokens, int64_t width) {
+  const auto tiles = ops::empty_column_tiles(num_tokens, width, setup.empty({0}));
+  setup.keep(tiles.data), setup.keep(tiles.scales);
+  return ops::columns_of(tiles);
+}
+
+kernels::ScaleRule default_rule() {
+  return ops::scale_rule({}, "bench");
 }
 
 }  // namespace dsv3::bench

@@ -4,7 +4,16 @@
 
 #include <cstdint>
 
+#include "bench/ops/case.h"
+#include "kernels/quantize.h"
+
 namespace dsv3::bench {
+
+/// Room for the FP8 forms of a [T, K] matrix; the Setup owns it.
+kernels::Fp8Rows fp8_rows(Setup& setup, int64_t num_tokens, int64_t width);
+kernels::Fp8Columns fp8_columns(Setup& setup, int64_t num_tokens, int64_t width);
+/// The scales that the operators choose when they are not told.
+kernels::ScaleRule default_rule();
 
 /// FP8 tiles as LibTorch's operators make them: codes E4M3 and the scale of each tile.
 struct ComposedTiles {

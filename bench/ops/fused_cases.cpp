@@ -7,8 +7,6 @@
 #include "bench/ops/composed.h"
 #include "bench/ops/fp8.h"
 #include "kernels/elementwise.h"
-#include "ops/rms_norm_fp8.h"
-#include "ops/swiglu_fp8.h"
 
 namespace dsv3::bench {
 namespace {
@@ -27,9 +25,20 @@ Plan plan_norm_fp8(const Problem& p) {
 Work make_norm_fp8(Setup& s) {
   const int64_t T = s.problem.tokens, D = s.problem.shape.hidden;
   const at::Tensor x = s.normal({T, D}), weight = s.normal({D});
-  return {[=] {
-            ops::rms_norm_fp8(x, {weight, {}}, kEps, {});
-          },
+  const kernels::RmsNormForward p{.num_tokens = T,
+                                  .hidden = D,
+                                  .x_stride = D,
+                                  .eps = kEps,
+                                  .dtype = s.problem.dtype,
+                                  .x = x.const_data_ptr(),
+                                  .residual = nullptr,
+                                  .weight = weight.const_data_ptr(),
+                                  .sum = nullptr,
+                                  .y = nullptr,
+                                  .inv_rms = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
+                                  .rule = default_rule(),
+                                  .quantized = fp8_rows(s, T, D)};
+  return {[p, stream = s.stream()] { kernels::rms_norm_forward(p, stream); },
           composed_forward([=] { composed_rows(at::rms_norm(x, {D}, weight, kEps)); })};
 }
 
@@ -174,7 +183,16 @@ Work make_weighted_backward(Setup& s) {
 Work make_swiglu_fp8_forward(Setup& s) {
   const auto [T, I] = expert_sizes(s.problem);
   const at::Tensor gate_up = s.normal({T, 2 * I}), row_weight = s.normal32({T});
-  return {[=] { ops::swiglu_fp8(gate_up, row_weight, {}); }, composed_forward([=] {
+  const kernels::SwigluForward p{.num_tokens = T,
+                                 .intermediate = I,
+                                 .dtype = s.problem.dtype,
+                                 .gate_up = gate_up.const_data_ptr(),
+                                 .y = nullptr,
+                                 .row_weight = row_weight.const_data_ptr<float>(),
+                                 .rule = default_rule(),
+                                 .rows = fp8_rows(s, T, I),
+                                 .columns = fp8_columns(s, T, I)};
+  return {[p, stream = s.stream()] { kernels::swiglu_forward(p, stream); }, composed_forward([=] {
             const at::Tensor y = composed_weighted(gate_up, row_weight);
             composed_rows(y);
             composed_columns(y);
@@ -190,7 +208,21 @@ Work make_swiglu_fp8_backward(Setup& s) {
     composed_rows(gradients[0]);
     composed_columns(gradients[0]);
   };
-  return {[=] { ops::swiglu_gradient_fp8(dy, gate_up, row_weight, {}); },
+  const int64_t scratch = kernels::swiglu_backward_scratch(T, I);
+  const kernels::SwigluBackward p{
+      .num_tokens = T,
+      .intermediate = I,
+      .dtype = s.problem.dtype,
+      .dy = dy.const_data_ptr(),
+      .gate_up = gate_up.const_data_ptr(),
+      .dgate_up = nullptr,
+      .row_weight = row_weight.const_data_ptr<float>(),
+      .drow_weight = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
+      .scratch = s.empty({scratch}, at::kFloat).mutable_data_ptr<float>(),
+      .rule = default_rule(),
+      .rows = fp8_rows(s, T, 2 * I),
+      .columns = fp8_columns(s, T, 2 * I)};
+  return {[p, stream = s.stream()] { kernels::swiglu_backward(p, stream); },
           composed_backward(
               [=]() -> std::vector<at::Tensor> { return {composed_weighted(input, weight)}; },
               {input, weight}, {dy}, quantized)};

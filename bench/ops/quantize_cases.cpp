@@ -10,6 +10,7 @@
 #include "bench/ops/case.h"
 #include "bench/ops/composed.h"
 #include "bench/ops/fp8.h"
+#include "kernels/quantize.h"
 #include "ops/latent_cache.h"
 #include "ops/quantize.h"
 
@@ -29,19 +30,40 @@ Plan plan_quantize(const Problem& p) {
   return {matrix_dims(T, D), T * D * p.element() + outputs * (T * D + scale_bytes(T, D))};
 }
 
+/// Quantises x [T, D], without outputs yet.
+kernels::QuantizeTiles quantize_of(const Setup& s, const at::Tensor& x) {
+  return {.num_tokens = x.size(0),
+          .width = x.size(1),
+          .x_stride = x.size(1),
+          .dtype = s.problem.dtype,
+          .x = x.const_data_ptr(),
+          .rule = default_rule()};
+}
+
+std::function<void()> quantize(const Setup& s, const kernels::QuantizeTiles& p) {
+  return [p, stream = s.stream()] { kernels::quantize_tiles(p, stream); };
+}
+
 Work make_rows(Setup& s) {
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  return {[x] { ops::quantize_rows(x, {}); }, composed_forward([x] { composed_rows(x); })};
+  auto p = quantize_of(s, x);
+  p.rows = fp8_rows(s, p.num_tokens, p.width);
+  return {quantize(s, p), composed_forward([x] { composed_rows(x); })};
 }
 
 Work make_columns(Setup& s) {
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  return {[x] { ops::quantize_columns(x, {}); }, composed_forward([x] { composed_columns(x); })};
+  auto p = quantize_of(s, x);
+  p.columns = fp8_columns(s, p.num_tokens, p.width);
+  return {quantize(s, p), composed_forward([x] { composed_columns(x); })};
 }
 
 Work make_both(Setup& s) {
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  return {[x] { ops::quantize_both(x, {}); }, composed_forward([x] {
+  auto p = quantize_of(s, x);
+  p.rows = fp8_rows(s, p.num_tokens, p.width);
+  p.columns = fp8_columns(s, p.num_tokens, p.width);
+  return {quantize(s, p), composed_forward([x] {
             composed_rows(x);
             composed_columns(x);
           })};
@@ -81,8 +103,13 @@ Work make_grouped(Setup& s) {
   const int64_t padded = ops::padded_group_rows(rows, s.problem.shape.experts);
   const at::Tensor x = s.normal({rows, D});
   const Groups groups = make_groups(s);
-  return {[x, groups] { ops::quantize_both(x, {}, {.ends = groups.ends}); },
-          composed_forward([x, groups, padded, D] {
+  auto p = quantize_of(s, x);
+  p.rows = fp8_rows(s, padded, D);
+  p.columns = fp8_columns(s, padded, D);
+  p.groups = {.num_groups = static_cast<int32_t>(s.problem.shape.experts),
+              .ends = groups.ends.const_data_ptr<int32_t>(),
+              .padded_rows = padded};
+  return {quantize(s, p), composed_forward([x, groups, padded, D] {
             const at::Tensor whole =
                 at::zeros({padded, D}, x.options()).index_copy_(0, groups.destinations, x);
             composed_rows(whole);
@@ -97,7 +124,19 @@ Plan plan_blocks(const Problem& p) {
 
 Work make_blocks(Setup& s) {
   const at::Tensor x = s.normal({s.problem.shape.hidden, s.problem.shape.hidden}, 0.02);
-  return {[x] { ops::quantize_blocks(x, {}); }, composed_forward([x] { composed_blocks(x); })};
+  const int64_t D = x.size(0), across = (D + kernels::kFp8Tile - 1) / kernels::kFp8Tile;
+  const kernels::QuantizeBlocks p{
+      .num_rows = D,
+      .width = D,
+      .x_stride = D,
+      .dtype = s.problem.dtype,
+      .x = x.const_data_ptr(),
+      .rule = default_rule(),
+      .data = static_cast<uint8_t*>(s.empty({D, D}, at::kByte).mutable_data_ptr()),
+      .scales = s.empty({across, across}, at::kFloat).mutable_data_ptr<float>(),
+      .scale_stride = across};
+  return {[p, stream = s.stream()] { kernels::quantize_blocks(p, stream); },
+          composed_forward([x] { composed_blocks(x); })};
 }
 
 Plan plan_requantize(const Problem& p) {
@@ -105,19 +144,42 @@ Plan plan_requantize(const Problem& p) {
   return {matrix_dims(T, D), 2 * (T * D + scale_bytes(T, D))};
 }
 
+/// x [T, D] in 1×128 tiles.
+kernels::Fp8Rows quantized(Setup& s, const at::Tensor& x) {
+  auto p = quantize_of(s, x);
+  p.rows = fp8_rows(s, p.num_tokens, p.width);
+  kernels::quantize_tiles(p, s.stream());
+  return p.rows;
+}
+
 Work make_requantize(Setup& s) {
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  const ops::Fp8RowTiles tiles = ops::quantize_rows(x, {});
+  const kernels::Fp8Rows tiles = quantized(s, x);
   const ComposedTiles same = composed_rows(x);
-  return {[tiles] { ops::requantize_columns(tiles, {}); },
+  auto p = quantize_of(s, x);
+  p.dtype = DType::kF8E4M3;
+  p.x = tiles.data;
+  p.x_scales = tiles.scales;
+  p.x_scale_stride = tiles.scale_stride;
+  p.columns = fp8_columns(s, p.num_tokens, p.width);
+  return {quantize(s, p),
           composed_forward([same] { composed_columns(composed_dequantize(same, at::kFloat)); })};
 }
 
 Work make_dequantize(Setup& s) {
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  const ops::Fp8RowTiles tiles = ops::quantize_rows(x, {});
+  const kernels::Fp8Rows tiles = quantized(s, x);
   const ComposedTiles same = composed_rows(x);
-  return {[tiles, type = x.scalar_type()] { ops::dequantize(tiles, type); },
+  const kernels::Dequantize p{.tiling = kernels::Fp8Tiling::kRows,
+                              .num_tokens = x.size(0),
+                              .width = x.size(1),
+                              .data = tiles.data,
+                              .data_stride = 0,
+                              .scales = tiles.scales,
+                              .scale_stride = tiles.scale_stride,
+                              .dtype = s.problem.dtype,
+                              .y = s.empty(x.sizes()).mutable_data_ptr()};
+  return {[p, stream = s.stream()] { kernels::dequantize(p, stream); },
           composed_forward([same, type = x.scalar_type()] { composed_dequantize(same, type); })};
 }
 
