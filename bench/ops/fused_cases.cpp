@@ -7,6 +7,7 @@
 #include "bench/ops/composed.h"
 #include "bench/ops/fp8.h"
 #include "kernels/elementwise.h"
+#include "ops/swiglu_fp8.h"
 
 namespace dsv3::bench {
 namespace {
@@ -208,6 +209,13 @@ Work make_swiglu_fp8_backward(Setup& s) {
     composed_rows(gradients[0]);
     composed_columns(gradients[0]);
   };
+  const auto composed = composed_backward(
+      [=]() -> std::vector<at::Tensor> { return {composed_weighted(input, weight)}; },
+      {input, weight}, {dy}, quantized);
+  // Tiles would hold gradients of both gate and up: the operator takes two passes.
+  if (I % kernels::kFp8Tile != 0) {
+    return {[=] { ops::swiglu_gradient_fp8(dy, gate_up, row_weight, {}); }, composed};
+  }
   const int64_t scratch = kernels::swiglu_backward_scratch(T, I);
   const kernels::SwigluBackward p{
       .num_tokens = T,
@@ -222,10 +230,7 @@ Work make_swiglu_fp8_backward(Setup& s) {
       .rule = default_rule(),
       .rows = fp8_rows(s, T, 2 * I),
       .columns = fp8_columns(s, T, 2 * I)};
-  return {[p, stream = s.stream()] { kernels::swiglu_backward(p, stream); },
-          composed_backward(
-              [=]() -> std::vector<at::Tensor> { return {composed_weighted(input, weight)}; },
-              {input, weight}, {dy}, quantized)};
+  return {[p, stream = s.stream()] { kernels::swiglu_backward(p, stream); }, composed};
 }
 
 constexpr Benchmark kBenchmarks[] = {

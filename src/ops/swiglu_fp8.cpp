@@ -59,8 +59,13 @@ SwigluGradientFp8 swiglu_gradient_fp8(const at::Tensor& dy, const at::Tensor& in
   SwigluGradientFp8 result;
   if (I % kernels::kFp8Tile != 0) {
     const SwigluGrads back = run_swiglu_backward(dy, gate_up, weights);
-    if (options.rows) result.rows = quantize_rows(back.dgate_up, options.quantize);
-    if (options.columns) result.columns = quantize_columns(back.dgate_up, options.quantize);
+    if (options.rows && options.columns) {
+      std::tie(result.rows, result.columns) = quantize_both(back.dgate_up, options.quantize);
+    } else if (options.rows) {
+      result.rows = quantize_rows(back.dgate_up, options.quantize);
+    } else {
+      result.columns = quantize_columns(back.dgate_up, options.quantize);
+    }
     if (options.keep) result.dgate_up = back.dgate_up;
     result.drow_weight = back.drow_weight;
     return result;
