@@ -23,22 +23,27 @@ Plan plan_norm_fp8(const Problem& p) {
   return {norm_dims(p), T * D * (p.element() + 1) + scale_bytes(T, D) + D * p.element()};
 }
 
+/// The norm of x [T, D], without outputs but 1/rms.
+kernels::RmsNormForward norm_of(Setup& s, const at::Tensor& x, const at::Tensor& weight) {
+  return {.num_tokens = x.size(0),
+          .hidden = x.size(1),
+          .x_stride = x.size(1),
+          .eps = kEps,
+          .dtype = s.problem.dtype,
+          .x = x.const_data_ptr(),
+          .residual = nullptr,
+          .weight = weight.const_data_ptr(),
+          .sum = nullptr,
+          .y = nullptr,
+          .inv_rms = s.empty({x.size(0)}, at::kFloat).mutable_data_ptr<float>()};
+}
+
 Work make_norm_fp8(Setup& s) {
   const int64_t T = s.problem.tokens, D = s.problem.shape.hidden;
   const at::Tensor x = s.normal({T, D}), weight = s.normal({D});
-  const kernels::RmsNormForward p{.num_tokens = T,
-                                  .hidden = D,
-                                  .x_stride = D,
-                                  .eps = kEps,
-                                  .dtype = s.problem.dtype,
-                                  .x = x.const_data_ptr(),
-                                  .residual = nullptr,
-                                  .weight = weight.const_data_ptr(),
-                                  .sum = nullptr,
-                                  .y = nullptr,
-                                  .inv_rms = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
-                                  .rule = default_rule(),
-                                  .quantized = fp8_rows(s, T, D)};
+  auto p = norm_of(s, x, weight);
+  p.rule = default_rule();
+  p.quantized = fp8_rows(s, T, D);
   return {[p, stream = s.stream()] { kernels::rms_norm_forward(p, stream); },
           composed_forward([=] { composed_rows(at::rms_norm(x, {D}, weight, kEps)); })};
 }
@@ -56,19 +61,10 @@ Plan plan_pair_backward(const Problem& p) {
 Work make_pair_forward(Setup& s) {
   const int64_t T = s.problem.tokens, D = s.problem.shape.hidden;
   const at::Tensor x = s.normal({T, D}), first = s.normal({D}), second = s.normal({D});
-  const kernels::RmsNormForward p{.num_tokens = T,
-                                  .hidden = D,
-                                  .x_stride = D,
-                                  .eps = kEps,
-                                  .dtype = s.problem.dtype,
-                                  .x = x.const_data_ptr(),
-                                  .residual = nullptr,
-                                  .weight = first.const_data_ptr(),
-                                  .sum = nullptr,
-                                  .y = s.empty({T, D}).mutable_data_ptr(),
-                                  .inv_rms = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
-                                  .second_weight = second.const_data_ptr(),
-                                  .second_y = s.empty({T, D}).mutable_data_ptr()};
+  auto p = norm_of(s, x, first);
+  p.y = s.empty({T, D}).mutable_data_ptr();
+  p.second_weight = second.const_data_ptr();
+  p.second_y = s.empty({T, D}).mutable_data_ptr();
   return {[p, stream = s.stream()] { kernels::rms_norm_forward(p, stream); }, composed_forward([=] {
             at::rms_norm(x, {D}, first, kEps);
             at::rms_norm(x, {D}, second, kEps);
@@ -148,15 +144,35 @@ at::Tensor composed_weighted(const at::Tensor& gate_up, const at::Tensor& row_we
   return (at::silu(parts[0]) * parts[1] * row_weight.unsqueeze(1)).to(gate_up.scalar_type());
 }
 
+/// The weighted SwiGLU of gate_up [T, 2I], and its gradient; without outputs but that of the
+/// weights.
+kernels::SwigluForward swiglu_of(const Setup& s, const at::Tensor& gate_up,
+                                 const at::Tensor& row_weight) {
+  return {.num_tokens = gate_up.size(0),
+          .intermediate = gate_up.size(1) / 2,
+          .dtype = s.problem.dtype,
+          .gate_up = gate_up.const_data_ptr(),
+          .y = nullptr,
+          .row_weight = row_weight.const_data_ptr<float>()};
+}
+kernels::SwigluBackward swiglu_gradient_of(Setup& s, const at::Tensor& dy,
+                                           const at::Tensor& gate_up,
+                                           const at::Tensor& row_weight) {
+  return {.num_tokens = gate_up.size(0),
+          .intermediate = gate_up.size(1) / 2,
+          .dtype = s.problem.dtype,
+          .dy = dy.const_data_ptr(),
+          .gate_up = gate_up.const_data_ptr(),
+          .dgate_up = nullptr,
+          .row_weight = row_weight.const_data_ptr<float>(),
+          .drow_weight = s.empty({gate_up.size(0)}, at::kFloat).mutable_data_ptr<float>()};
+}
+
 Work make_weighted_forward(Setup& s) {
   const auto [T, I] = expert_sizes(s.problem);
   const at::Tensor gate_up = s.normal({T, 2 * I}), row_weight = s.normal32({T});
-  const kernels::SwigluForward p{.num_tokens = T,
-                                 .intermediate = I,
-                                 .dtype = s.problem.dtype,
-                                 .gate_up = gate_up.const_data_ptr(),
-                                 .y = s.empty({T, I}).mutable_data_ptr(),
-                                 .row_weight = row_weight.const_data_ptr<float>()};
+  auto p = swiglu_of(s, gate_up, row_weight);
+  p.y = s.empty({T, I}).mutable_data_ptr();
   return {[p, stream = s.stream()] { kernels::swiglu_forward(p, stream); },
           composed_forward([=] { composed_weighted(gate_up, row_weight); })};
 }
@@ -165,15 +181,8 @@ Work make_weighted_backward(Setup& s) {
   const auto [T, I] = expert_sizes(s.problem);
   const at::Tensor gate_up = s.normal({T, 2 * I}), row_weight = s.normal32({T});
   const at::Tensor dy = s.normal({T, I});
-  const kernels::SwigluBackward p{
-      .num_tokens = T,
-      .intermediate = I,
-      .dtype = s.problem.dtype,
-      .dy = dy.const_data_ptr(),
-      .gate_up = gate_up.const_data_ptr(),
-      .dgate_up = s.empty({T, 2 * I}).mutable_data_ptr(),
-      .row_weight = row_weight.const_data_ptr<float>(),
-      .drow_weight = s.empty({T}, at::kFloat).mutable_data_ptr<float>()};
+  auto p = swiglu_gradient_of(s, dy, gate_up, row_weight);
+  p.dgate_up = s.empty({T, 2 * I}).mutable_data_ptr();
   const at::Tensor input = leaf(gate_up), weight = leaf(row_weight);
   return {[p, stream = s.stream()] { kernels::swiglu_backward(p, stream); },
           composed_backward(
@@ -184,15 +193,10 @@ Work make_weighted_backward(Setup& s) {
 Work make_swiglu_fp8_forward(Setup& s) {
   const auto [T, I] = expert_sizes(s.problem);
   const at::Tensor gate_up = s.normal({T, 2 * I}), row_weight = s.normal32({T});
-  const kernels::SwigluForward p{.num_tokens = T,
-                                 .intermediate = I,
-                                 .dtype = s.problem.dtype,
-                                 .gate_up = gate_up.const_data_ptr(),
-                                 .y = nullptr,
-                                 .row_weight = row_weight.const_data_ptr<float>(),
-                                 .rule = default_rule(),
-                                 .rows = fp8_rows(s, T, I),
-                                 .columns = fp8_columns(s, T, I)};
+  auto p = swiglu_of(s, gate_up, row_weight);
+  p.rule = default_rule();
+  p.rows = fp8_rows(s, T, I);
+  p.columns = fp8_columns(s, T, I);
   return {[p, stream = s.stream()] { kernels::swiglu_forward(p, stream); }, composed_forward([=] {
             const at::Tensor y = composed_weighted(gate_up, row_weight);
             composed_rows(y);
@@ -217,19 +221,11 @@ Work make_swiglu_fp8_backward(Setup& s) {
     return {[=] { ops::swiglu_gradient_fp8(dy, gate_up, row_weight, {}); }, composed};
   }
   const int64_t scratch = kernels::swiglu_backward_scratch(T, I);
-  const kernels::SwigluBackward p{
-      .num_tokens = T,
-      .intermediate = I,
-      .dtype = s.problem.dtype,
-      .dy = dy.const_data_ptr(),
-      .gate_up = gate_up.const_data_ptr(),
-      .dgate_up = nullptr,
-      .row_weight = row_weight.const_data_ptr<float>(),
-      .drow_weight = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
-      .scratch = s.empty({scratch}, at::kFloat).mutable_data_ptr<float>(),
-      .rule = default_rule(),
-      .rows = fp8_rows(s, T, 2 * I),
-      .columns = fp8_columns(s, T, 2 * I)};
+  auto p = swiglu_gradient_of(s, dy, gate_up, row_weight);
+  p.scratch = s.empty({scratch}, at::kFloat).mutable_data_ptr<float>();
+  p.rule = default_rule();
+  p.rows = fp8_rows(s, T, 2 * I);
+  p.columns = fp8_columns(s, T, 2 * I);
   return {[p, stream = s.stream()] { kernels::swiglu_backward(p, stream); }, composed};
 }
 

@@ -124,7 +124,7 @@ Plan plan_blocks(const Problem& p) {
 
 Work make_blocks(Setup& s) {
   const at::Tensor x = s.normal({s.problem.shape.hidden, s.problem.shape.hidden}, 0.02);
-  const int64_t D = x.size(0), across = (D + kernels::kFp8Tile - 1) / kernels::kFp8Tile;
+  const int64_t D = x.size(0), across = padded_rows(D) / kernels::kFp8Tile;
   const kernels::QuantizeBlocks p{
       .num_rows = D,
       .width = D,

@@ -115,7 +115,6 @@ void run_op(const OpArguments& arguments) {
     failed = failed || !result.ways.front().error.empty();
     results.push_back(result);
   });
-  bar.clear();
   if (arguments.table || isatty(STDERR_FILENO)) {
     fmt::print(stderr, "{}, {} threads, {}, seed {}\n{}", name, at::get_num_threads(),
                name_of(options.dtype), options.seed, bench::table(results));
