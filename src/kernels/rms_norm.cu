@@ -1,166 +1,225 @@
 // RMSNorm's backward on the device (forward: rms_norm_forward.cu): the grid is as many blocks as
-// partial sums of dweight are kept; a group of threads walks over rows, 16 elements a thread, all
-// of a row's loads in flight before the first use, and keeps its columns' share of dweight in
+// partial sums of dweight are kept; whole warps walk over rows, 16 elements a thread, whose next
+// rows are on their way to shared memory meanwhile, and keep their columns' share of dweight in
 // registers. Blocks write their shares to scratch, a second kernel adds them in the order of the
 // blocks: no atomics, the same bits on every run. 6·T·D bytes in BF16 (8 with dsum, 8 with a second
 // norm of the same input).
 //
-// Widths that are not multiples of 8, unaligned pointers and D > 16384 take a scalar path.
+// Widths that are not multiples of 8, unaligned pointers and rows that shared memory cannot hold
+// take a scalar path.
 
-#include "kernels/detail/group.cuh"
+#include <type_traits>
+
 #include "kernels/detail/packed.cuh"
+#include "kernels/detail/row_groups.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {
 namespace {
 
-using detail::kGroupBlock;
 using detail::kVector;
 using detail::kWarp;
 using detail::Packed;
 
-constexpr int kBackwardVectors = 2;
+constexpr int kVectors = 2;  // of a row, a thread
 constexpr int kScalarThreads = 256;
 constexpr int kSumThreads = 256, kSumColumns = 8;  // of the sum of the partial sums
-/// Threads per multiprocessor that backward's registers must leave room for.
-constexpr int kResident = 1024;
 /// Of the largest device: the grid fills it once, so that no second wave runs half empty.
 constexpr int64_t kMultiprocessors = 132;
 
-/// The groups' shares of dweight, added in the order of the groups, into this block's row of
-/// `partials`.
-template <int kGroup>
-__device__ __forceinline__ void store_partial(float* partials, int64_t hidden,
-                                              const float (&dw)[kBackwardVectors][kVector]) {
-  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
-  constexpr int kWidth = kGroup * kBackwardVectors * kVector;
-  const int lane = threadIdx.x % kGroup;
-  const int64_t vectors = hidden / kVector;
-  float* partial = partials + int64_t{blockIdx.x} * hidden;
-  if constexpr (kRows == 1) {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = lane + i * kGroup;
-      if (c < vectors) detail::store8(partial + c * kVector, dw[i]);
-    }
-  } else {
-    __shared__ float shares[kRows][kWidth];
-    __syncthreads();  // an earlier call may still read
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      detail::store8(&shares[threadIdx.x / kGroup][(lane + i * kGroup) * kVector], dw[i]);
-    }
-    __syncthreads();
-    for (int64_t d = threadIdx.x; d < hidden; d += kGroupBlock<kGroup>) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) sum += shares[r][d];
-      partial[d] = sum;
-    }
-  }
+/// Blocks of a multiprocessor, for which registers suffice.
+template <typename T, typename Rows, bool kSecond>
+inline constexpr int kBlocks = Rows::kThreads > 448 ||
+                                       ((kSecond || std::is_same_v<T, float>)&&Rows::kThreads > 256)
+                                   ? 1
+                                   : 2;
+/// Where a block has one row, its next one is asked for before the row's sum, in the place of what
+/// stays in registers until then. With a second norm that is too much, and several narrow rows
+/// hide each other's waiting: there it is read again, and its place given away at the end.
+template <typename Rows, bool kSecond>
+inline constexpr bool kAsksEarly = Rows::kRows == 1 && !kSecond;
+/// What a multiprocessor should have asked for; more stages than it takes are no faster.
+constexpr int64_t kInFlight = 56 * 1024;
+constexpr int kMostStages = 4;
+
+/// Waits until all but the latest stages - 1 rows that the thread asked for have arrived.
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  static_assert(kMostStages == 4);
+  if (stages == 1) detail::ptx::async_wait<0>();
+  if (stages == 2) detail::ptx::async_wait<1>();
+  if (stages == 3) detail::ptx::async_wait<2>();
+  if (stages == 4) detail::ptx::async_wait<3>();
 }
 
-/// A row's vectors of a thread; zeros where none exist.
-template <typename T>
-struct RowPart {
-  Packed<T> part[kBackwardVectors];
-
-  __device__ __forceinline__ void clear() {
+/// The rows' shares of dweight, added in the order of the rows, to this block's row of `partials`.
+/// `shares` [threads · kVectors · 8] is free to use.
+template <typename Rows>
+__device__ __forceinline__ void store_partial(float* partials, int64_t hidden, float* shares,
+                                              const float (&dw)[kVectors][kVector]) {
+  constexpr int kGroup = Rows::kGroup;
+  const int lane = threadIdx.x % kGroup;
+  float* partial = partials + int64_t{blockIdx.x} * hidden;
+  if constexpr (Rows::kRows == 1) {
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) part[i].clear();
-  }
-  __device__ __forceinline__ void forget() {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) part[i].forget();
-  }
-  template <int kGroup>
-  __device__ __forceinline__ void load(const void* row, int64_t vectors, bool once) {
-#pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = threadIdx.x % kGroup + i * kGroup;
-      if (c >= vectors) continue;
-      const T* from = static_cast<const T*>(row) + c * kVector;
-      once ? part[i].load_once(from) : part[i].load(from);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t d = int64_t{lane + i * kGroup} * kVector;
+      if (d < hidden) detail::store8(partial + d, dw[i]);
     }
+    return;
   }
-  __device__ __forceinline__ float at(int i, int e) const {
-    return part[i].at(e);
+  constexpr int kWidth = kGroup * kVectors * kVector;
+  __syncthreads();  // all threads are through with the ring, or with an earlier call
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    detail::store8(shares + threadIdx.x / kGroup * kWidth + (lane + i * kGroup) * kVector, dw[i]);
   }
-};
+  __syncthreads();
+  for (int d = threadIdx.x; d < hidden; d += Rows::kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < Rows::kRows; ++r) sum += shares[r * kWidth + d];
+    partial[d] = sum;
+  }
+}
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int64_t stride) {
   return static_cast<const T*>(matrix) + row * stride;
 }
 
-/// Blocks of a multiprocessor: a second norm and FP32 hold twice the registers.
-template <typename T, int kGroup, bool kSecond>
-inline constexpr int kBackwardBlocks = std::max(1,
-                                                kResident / kGroupBlock<kGroup> /
-                                                    (kSecond || std::is_same_v<T, float> ? 2 : 1));
-
-template <typename T, int kGroup, bool kSecond>
-__global__ void __launch_bounds__(kGroupBlock<kGroup>, kBackwardBlocks<T, kGroup, kSecond>)
-    backward_kernel(RmsNormBackward p, int64_t partials) {
-  __shared__ float shared[2][kGroupBlock<kGroup> / kWarp];
-  constexpr int kRows = kGroupBlock<kGroup> / kGroup;
-  const int64_t vectors = p.hidden / kVector;
-  float dw[kBackwardVectors][kVector] = {}, dw2[kSecond ? kBackwardVectors : 1][kVector] = {};
-  int turn = 0;
-  // Whole blocks go round together: group_sum is a barrier.
-  for (int64_t first = int64_t{blockIdx.x} * kRows; first < p.num_tokens;
-       first += int64_t{gridDim.x} * kRows, turn ^= 1) {
-    const int64_t row = first + threadIdx.x / kGroup;
+template <typename T, typename Rows, bool kSecond>
+__global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
+    backward_kernel(RmsNormBackward p, int64_t partials, int stages) {
+  // A thread's own words of the rows that are on their way. Copies that skip the registers are slow
+  // where the first of them does not stand at a multiple of 128 bytes.
+  extern __shared__ __align__(128) uint4 ring[];
+  __shared__ float shared[2][Rows::kThreads / kWarp];
+  constexpr int kWords = kVector * static_cast<int>(sizeof(T)) / 16, kThreads = Rows::kThreads;
+  constexpr int kX = 0, kDy = 1, kSecondDy = 2, kDsum = kSecond ? 3 : 2;  // matrices in the ring
+  constexpr bool kEarly = kAsksEarly<Rows, kSecond>;
+  const int lane = threadIdx.x % Rows::kGroup;
+  const int vectors = static_cast<int>(p.hidden / kVector);
+  const bool has_dsum = p.dsum != nullptr;
+  const uint32_t stage_bytes = (kDsum + has_dsum) * kVectors * kWords * kThreads * 16;
+  const uint32_t ring_begin = detail::ptx::shared_address(ring) + threadIdx.x * 16;
+  const int64_t step = int64_t{gridDim.x} * Rows::kRows;
+  // Asks for this thread's words of a row, which may not exist, to the stage at `to`.
+  const auto ask = [&](int64_t first, uint32_t to) {
+    const int64_t row = first + threadIdx.x / Rows::kGroup;
+    if (row < p.num_tokens) {
+      const auto copy = [&](const T* from, int matrix) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int c = lane + i * Rows::kGroup;
+          if (c >= vectors) continue;
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) {
+            detail::ptx::async_copy16(to + ((matrix * kVectors + i) * kWords + w) * kThreads * 16,
+                                      reinterpret_cast<const uint4*>(from + c * kVector) + w);
+          }
+        }
+      };
+      copy(row_of<T>(p.x, row, p.x_stride), kX);
+      copy(row_of<T>(p.dy, row, p.hidden), kDy);
+      if constexpr (kSecond) copy(row_of<T>(p.second_dy, row, p.hidden), kSecondDy);
+      if (has_dsum) copy(row_of<T>(p.dsum, row, p.hidden), kDsum);
+    }
+    detail::ptx::async_commit();
+  };
+  int64_t ahead = int64_t{blockIdx.x} * Rows::kRows;
+  for (int s = 0; s < stages; ++s, ahead += step) ask(ahead, ring_begin + s * stage_bytes);
+  const auto load_weight = [&](Packed<T>& to, const void* from, int i) {
+    const int c = lane + i * Rows::kGroup;
+    to.clear();
+    if (c < vectors) to.load(static_cast<const T*>(from) + c * kVector);
+  };
+  Packed<T> weight[kVectors], second_weight[kSecond ? kVectors : 1];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    load_weight(weight[i], p.weight, i);
+    if constexpr (kSecond) load_weight(second_weight[i], p.second_weight, i);
+  }
+  float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
+  int turn = 0, stage = 0;
+  // Whole blocks go round together: row_sum is a barrier.
+  for (int64_t first = int64_t{blockIdx.x} * Rows::kRows; first < p.num_tokens;
+       first += step, ahead += step, turn ^= 1) {
+    const int64_t row = first + threadIdx.x / Rows::kGroup;
     const bool active = row < p.num_tokens;
-    const int64_t mine = active ? vectors : 0;
-    RowPart<T> x, g, g2, sum, w, w2;
-    x.clear(), g.clear(), sum.clear(), w.clear();
-    x.template load<kGroup>(row_of<T>(p.x, row, p.x_stride), mine, true);
-    g.template load<kGroup>(row_of<T>(p.dy, row, p.hidden), mine, true);
-    w.template load<kGroup>(p.weight, vectors, false);
-    if constexpr (kSecond) {
-      g2.clear(), w2.clear();
-      g2.template load<kGroup>(row_of<T>(p.second_dy, row, p.hidden), mine, true);
-      w2.template load<kGroup>(p.second_weight, vectors, false);
-    }
-    if (p.dsum != nullptr) {
-      sum.template load<kGroup>(row_of<T>(p.dsum, row, p.hidden), mine, true);
-    }
     const float inv_rms = active ? p.inv_rms[row] : 0.0f;
-    const auto weighted = [&](int i, int e) {
-      const float gw = g.at(i, e) * w.at(i, e);
-      return kSecond ? fmaf(g2.at(i, e), w2.at(i, e), gw) : gw;
+    wait_for_oldest(stages);
+    const uint4* const words = ring + stage * (stage_bytes / 16) + threadIdx.x;
+    const auto read = [&](int matrix, int i, Packed<T>& to) {
+      to.clear();
+      if (!active || lane + i * Rows::kGroup >= vectors) return;
+      to.load_words(words + (matrix * kVectors + i) * kWords * kThreads, kThreads);
     };
+    Packed<T> x[kVectors], g[kVectors], g2[kSecond ? kVectors : 1], sum[kVectors];
     float dot = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
+      read(kX, i, x[i]), read(kDy, i, g[i]);
+      if constexpr (kSecond) read(kSecondDy, i, g2[i]);
+      weight[i].forget();
+      if constexpr (kSecond) second_weight[i].forget();
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const float normalised = x.at(i, e) * inv_rms;
-        dw[i][e] = fmaf(g.at(i, e), normalised, dw[i][e]);
-        if constexpr (kSecond) dw2[i][e] = fmaf(g2.at(i, e), normalised, dw2[i][e]);
-        dot = fmaf(weighted(i, e), x.at(i, e), dot);
+        const float gx = g[i].at(e) * x[i].at(e);
+        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
+        dot = fmaf(gx, weight[i].at(e), dot);
+        if constexpr (kSecond) {
+          const float g2x = g2[i].at(e) * x[i].at(e);
+          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
+          dot = fmaf(g2x, second_weight[i].at(e), dot);
+        }
       }
     }
-    dot = detail::group_sum<kGroup>(dot, shared[turn]);
-    const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
-    x.forget(), g.forget(), w.forget();
+    if constexpr (kEarly) {
 #pragma unroll
-    for (int i = 0; i < kBackwardVectors; ++i) {
-      const int64_t c = threadIdx.x % kGroup + i * kGroup;
-      if (c >= mine) continue;
+      for (int i = 0; i < kVectors; ++i) {
+        sum[i].clear();
+        if (has_dsum) {
+          read(kDsum, i, sum[i]);
+          sum[i].forget();  // it is in registers before its place is asked for again
+        }
+      }
+      ask(ahead, ring_begin + stage * stage_bytes);
+    }
+    dot = detail::row_sum<Rows>(dot, shared[turn]);
+    const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if constexpr (kEarly) {
+        x[i].forget(), g[i].forget();
+      } else {
+        read(kX, i, x[i]), read(kDy, i, g[i]);
+        if constexpr (kSecond) read(kSecondDy, i, g2[i]);
+        sum[i].clear();
+        if (has_dsum) read(kDsum, i, sum[i]);
+      }
+      weight[i].forget();
+      if constexpr (kSecond) second_weight[i].forget();
       float out[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        out[e] = sum.at(i, e) + (weighted(i, e) * inv_rms - x.at(i, e) * slope);
+        float weighted = g[i].at(e) * weight[i].at(e);
+        if constexpr (kSecond) weighted = fmaf(g2[i].at(e), second_weight[i].at(e), weighted);
+        out[e] = sum[i].at(e) + (weighted * inv_rms - x[i].at(e) * slope);
       }
-      detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
+      const int c = lane + i * Rows::kGroup;
+      if (active && c < vectors) {
+        detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
+      }
     }
+    if constexpr (!kEarly) ask(ahead, ring_begin + stage * stage_bytes);
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
-  if (p.dweight != nullptr) store_partial<kGroup>(p.scratch, p.hidden, dw);
+  detail::ptx::async_wait<0>();
+  float* shares = reinterpret_cast<float*>(ring);
+  if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);
   if constexpr (kSecond) {
     if (p.second_dweight != nullptr) {
-      store_partial<kGroup>(p.scratch + partials * p.hidden, p.hidden, dw2);
+      store_partial<Rows>(p.scratch + partials * p.hidden, p.hidden, shares, dw2);
     }
   }
 }
@@ -185,7 +244,7 @@ __global__ void __launch_bounds__(kScalarThreads) backward_scalar_kernel(RmsNorm
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     dot += weighted(d) * detail::to_float(x[d]);
   }
-  dot = detail::group_sum<kScalarThreads>(dot, shared);
+  dot = detail::row_sum<detail::RowGroups<kScalarThreads>>(dot, shared);
   const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
   for (int64_t d = threadIdx.x; d < p.hidden; d += kScalarThreads) {
     const float added = p.dsum != nullptr ? detail::to_float(dsum[d]) : 0.0f;
@@ -256,15 +315,43 @@ void add_partials(const RmsNormBackward& p, const float* partials, int64_t block
   detail::check_launch("rms_norm_backward (weight)");
 }
 
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  kernels::detail::raise_cuda("rms_norm_backward", "launch failed", cudaGetErrorString(error));
+}
+
+/// Stages of a ring, as many as `blocks` blocks of a multiprocessor want and find room for; 0 = a
+/// block alone has none for one.
+int ring_stages(int64_t stage_bytes, int blocks) {
+  constexpr int64_t kBesides = 2048;  // of a block: the driver's share and the static arrays
+  int device = 0, of_block = 0, of_multiprocessor = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check_cuda(cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                    device));
+  const int64_t alone = (of_block - kBesides) / stage_bytes;
+  const int64_t shared = (of_multiprocessor / blocks - kBesides) / stage_bytes;
+  const int64_t wanted = (kInFlight + blocks * stage_bytes - 1) / (blocks * stage_bytes);
+  return static_cast<int>(std::min(std::min(wanted, alone), std::max<int64_t>(shared, 1)));
+}
+
 /// Returns how many partial sums it leaves, 0 = the row does not fit.
 template <typename T, bool kSecond>
 int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream_t stream) {
   int64_t blocks = 0;
-  detail::dispatch_group(p.hidden / kVector, kBackwardVectors, [&](auto group) {
-    constexpr int kGroup = decltype(group)::value;
-    blocks = std::min(partials, kMultiprocessors * kBackwardBlocks<T, kGroup, kSecond>);
-    backward_kernel<T, kGroup, kSecond>
-        <<<static_cast<unsigned>(blocks), kGroupBlock<kGroup>, 0, stream>>>(p, partials);
+  detail::dispatch_rows(p.hidden / kVector, kVectors, [&](auto rows) {
+    using Rows = decltype(rows);
+    const int matrices = 2 + (kSecond ? 1 : 0) + (p.dsum != nullptr ? 1 : 0);
+    const int64_t stage_bytes = int64_t{matrices} * kVectors * kVector * sizeof(T) * Rows::kThreads;
+    const int stages = std::min(ring_stages(stage_bytes, kBlocks<T, Rows, kSecond>), kMostStages);
+    if (stages == 0) return;
+    auto* const kernel = backward_kernel<T, Rows, kSecond>;
+    const auto shared_bytes = static_cast<int>(stages * stage_bytes);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    blocks = std::min(partials, kMultiprocessors * kBlocks<T, Rows, kSecond>);
+    kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(p, partials,
+                                                                                    stages);
   });
   return blocks;
 }

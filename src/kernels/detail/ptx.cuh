@@ -112,6 +112,23 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint4 v, uint32_
       : "memory");
 }
 
+// A thread's own copies from device to shared memory (sm_80), which it alone may read once they are
+// waited for.
+
+/// 16 bytes, both sides aligned to as much; past the first-level cache.
+__device__ __forceinline__ void async_copy16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+/// Closes the thread's open group of copies, which may be empty.
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until all but the latest `kPending` groups have arrived.
+template <int kPending>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Bulk copies between device and shared memory, 16-byte aligned, a multiple of 16 bytes.
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
