@@ -1,7 +1,9 @@
-// The paged latent cache's write on the device: a warp per token, 8 numbers a lane at a time; a
-// tile of 128 is 16 neighbouring lanes. Reads 2·(C + R) bytes per token in BF16 and writes a slot.
+// The paged latent cache's write on the device: reads 2·(C + R) bytes per token in BF16 and writes
+// a slot. A BF16 slot is one row of words, and threads stand along the rows of all tokens; an FP8
+// slot is written by a warp, 8 numbers a lane at a time, a tile of 128 by 16 neighbouring lanes.
 
 #include "kernels/detail/fp8_tile.cuh"
+#include "kernels/detail/words.cuh"
 
 namespace dsv3::kernels::cuda {
 namespace {
@@ -35,6 +37,41 @@ __device__ __forceinline__ void write_bf16(const T* x, int64_t size, uint8_t* ou
         if (c + e < size) y[c + e] = __float2bfloat16_rn(v[e]);
       }
     }
+  }
+}
+
+constexpr int kUnits = 4;  // words of a thread, in flight together
+
+/// BF16 slots: word w of a token is 8 numbers of [latent | rope].
+template <typename T>
+__global__ void __launch_bounds__(kTokens* kWarp)
+    write_words_kernel(LatentCacheWrite p, unsigned words, unsigned rope_words) {
+  const int64_t block = int64_t{blockIdx.x} * blockDim.x * kUnits;
+  const int64_t first_token = block / words;
+  const auto before = static_cast<unsigned>(block - first_token * words);
+  detail::Words8<T> unit[kUnits];
+  int64_t to[kUnits];
+#pragma unroll
+  for (int j = 0; j < kUnits; ++j) {
+    const unsigned at = before + threadIdx.x + j * blockDim.x, w = at % words;
+    const int64_t t = first_token + at / words;
+    const bool is_rope = w >= words - rope_words;
+    const T* const from =
+        is_rope ? static_cast<const T*>(p.rope) + t * p.rope_stride +
+                      (w - (words - rope_words)) * detail::kVector
+                : static_cast<const T*>(p.latent) + t * p.latent_stride + w * detail::kVector;
+    to[j] = -1;
+    if (t >= p.num_tokens) continue;
+    unit[j].load(from);
+    const int64_t slot = p.slots[t];
+    if (slot >= 0 && slot < p.num_slots) to[j] = slot * words + w;
+  }
+#pragma unroll
+  for (int j = 0; j < kUnits; ++j) {
+    if (to[j] < 0) continue;
+    float v[detail::kVector];
+    detail::unpack(unit[j], v);
+    detail::store8(static_cast<__nv_bfloat16*>(p.cache) + to[j] * detail::kVector, v);
   }
 }
 
@@ -83,7 +120,13 @@ void latent_cache_write(const LatentCacheWrite& p, Stream stream) {
   const cudaStream_t on = detail::cuda_stream(stream);
   detail::dispatch_float("latent_cache_write", p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (vec) {
+    if (vec && p.cache_dtype == DType::kBF16) {
+      const auto words = static_cast<unsigned>(bytes / 16);
+      constexpr int64_t kBlockUnits = int64_t{kTokens} * kWarp * kUnits;
+      const int64_t blocks = (p.num_tokens * words + kBlockUnits - 1) / kBlockUnits;
+      write_words_kernel<T><<<static_cast<unsigned>(blocks), kTokens * kWarp, 0, on>>>(
+          p, words, static_cast<unsigned>(p.rope_dim / detail::kVector));
+    } else if (vec) {
       write_kernel<T, true><<<grid, kTokens * kWarp, 0, on>>>(p, bytes);
     } else {
       write_kernel<T, false><<<grid, kTokens * kWarp, 0, on>>>(p, bytes);

@@ -145,57 +145,90 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-/// acc += weight · row for the choices [first, first + kBatch), loads issued before the sums.
-template <int kBatch, typename T>
-__device__ __forceinline__ void add_choices(const T* rows, const int* row, const float* weight,
-                                            int first, int num_choices, int64_t hidden, int64_t i,
-                                            float (&acc)[kVector]) {
-  Packed<T> packed[kBatch];
-#pragma unroll
-  for (int j = 0; j < kBatch; ++j) {
-    if (first + j < num_choices) packed[j] = load_packed(rows + row[first + j] * hidden + i);
+/// What a thread of combine has in flight: kVectors vectors of kChoices rows at a time.
+template <int kChoicesAtOnce, int kVectorsAtOnce>
+struct CombineBatch {
+  static constexpr int kChoices = kChoicesAtOnce, kVectors = kVectorsAtOnce;
+};
+
+constexpr int kMostTokens = kMaxThreads / kWarp;  // of a block
+
+/// Threads (along D, tokens).
+template <typename T, typename Batch>
+__global__ void __launch_bounds__(kMaxThreads) combine_kernel(CombineForward p) {
+  __shared__ int row[kMostTokens][kMaxChoices];
+  __shared__ float weight[kMostTokens][kMaxChoices];
+  const int num_choices = p.num_experts_per_token;
+  const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const bool exists = token < p.num_tokens;
+  if (exists && threadIdx.x < num_choices) {
+    const int64_t choice = token * num_choices + threadIdx.x;
+    row[threadIdx.y][threadIdx.x] = p.row_of[choice];
+    weight[threadIdx.y][threadIdx.x] = p.weights == nullptr ? 1.0f : p.weights[choice];
   }
+  __syncthreads();
+  if (!exists) return;
+  const auto* const rows = static_cast<const T*>(p.rows);
+  const int64_t step = int64_t{blockDim.x} * kVector;
+  for (int64_t first = int64_t{threadIdx.x} * kVector; first < p.hidden;
+       first += Batch::kVectors * step) {
+    float acc[Batch::kVectors][kVector] = {};
+    if (p.base != nullptr) {
 #pragma unroll
-  for (int j = 0; j < kBatch; ++j) {
-    if (first + j >= num_choices) break;
-    const float w = weight[first + j];
-    float v[kVector];
-    unpack(packed[j], v);
+      for (int v = 0; v < Batch::kVectors; ++v) {
+        const int64_t i = first + v * step;
+        if (i < p.hidden) {
+          detail::load8(static_cast<const T*>(p.base) + token * p.hidden + i, acc[v]);
+        }
+      }
+    }
+    for (int k = 0; k < num_choices; k += Batch::kChoices) {
+      Packed<T> packed[Batch::kChoices][Batch::kVectors];
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) acc[e] = fmaf(w, v[e], acc[e]);
+      for (int j = 0; j < Batch::kChoices; ++j) {
+        if (k + j >= num_choices) break;
+        const T* const from = rows + row[threadIdx.y][k + j] * p.hidden;
+#pragma unroll
+        for (int v = 0; v < Batch::kVectors; ++v) {
+          const int64_t i = first + v * step;
+          if (i < p.hidden) packed[j][v] = load_packed(from + i);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Batch::kChoices; ++j) {
+        if (k + j >= num_choices) break;
+        const float w = weight[threadIdx.y][k + j];
+#pragma unroll
+        for (int v = 0; v < Batch::kVectors; ++v) {
+          float x[kVector];
+          unpack(packed[j][v], x);
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) acc[v][e] = fmaf(w, x[e], acc[v][e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < Batch::kVectors; ++v) {
+      const int64_t i = first + v * step;
+      if (i < p.hidden) detail::store8(static_cast<T*>(p.y) + token * p.hidden + i, acc[v]);
+    }
   }
 }
 
-template <typename T, bool kVectorised>
-__global__ void __launch_bounds__(kMaxThreads)
-    combine_kernel(const T* rows, const float* weights, const int32_t* row_of, const T* base, T* y,
-                   int num_choices, int64_t hidden) {
-  constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;
-  __shared__ int row[kMaxChoices];
-  __shared__ float weight[kMaxChoices];
+/// The same for any width, a block per token.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) combine_any_kernel(CombineForward p) {
+  const int num_choices = p.num_experts_per_token;
   const int64_t token = blockIdx.x;
-  if (threadIdx.x < num_choices) {
-    row[threadIdx.x] = row_of[token * num_choices + threadIdx.x];
-    weight[threadIdx.x] = weights == nullptr ? 1.0f : weights[token * num_choices + threadIdx.x];
-  }
-  __syncthreads();
-  if constexpr (kVectorised) {
-    for (int64_t i = int64_t{threadIdx.x} * kVector; i < hidden; i += blockDim.x * kVector) {
-      float acc[kVector] = {};
-      if (base != nullptr) detail::load8(base + token * hidden + i, acc);
-      for (int k = 0; k < num_choices; k += kBatch) {
-        add_choices<kBatch>(rows, row, weight, k, num_choices, hidden, i, acc);
-      }
-      detail::store8(y + token * hidden + i, acc);
+  const auto* const base = static_cast<const T*>(p.base);
+  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+    float acc = base == nullptr ? 0.0f : detail::to_float(base[token * p.hidden + i]);
+    for (int k = 0; k < num_choices; ++k) {
+      const int64_t choice = token * num_choices + k;
+      const T x = static_cast<const T*>(p.rows)[p.row_of[choice] * p.hidden + i];
+      acc = fmaf(p.weights == nullptr ? 1.0f : p.weights[choice], detail::to_float(x), acc);
     }
-  } else {
-    for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
-      float acc = base == nullptr ? 0.0f : detail::to_float(base[token * hidden + i]);
-      for (int k = 0; k < num_choices; ++k) {
-        acc = fmaf(weight[k], detail::to_float(rows[row[k] * hidden + i]), acc);
-      }
-      y[token * hidden + i] = detail::from_float<T>(acc);
-    }
+    static_cast<T*>(p.y)[token * p.hidden + i] = detail::from_float<T>(acc);
   }
 }
 
@@ -354,13 +387,29 @@ void combine_forward(const CombineForward& p, Stream stream) {
   if (p.num_tokens == 0 || p.hidden == 0) return;
   const bool vectorised = p.hidden % kVector == 0 && detail::aligned16(p.rows) &&
                           detail::aligned16(p.y) && detail::aligned16(p.base);
+  const auto cuda = detail::cuda_stream(stream);
   detail::dispatch_float("combine", p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    auto* const kernel = vectorised ? combine_kernel<T, true> : combine_kernel<T, false>;
-    const int threads = threads_for(vectorised ? p.hidden / kVector : p.hidden);
-    kernel<<<static_cast<unsigned>(p.num_tokens), threads, 0, detail::cuda_stream(stream)>>>(
-        static_cast<const T*>(p.rows), p.weights, p.row_of, static_cast<const T*>(p.base),
-        static_cast<T*>(p.y), p.num_experts_per_token, p.hidden);
+    if (!vectorised) {
+      combine_any_kernel<T>
+          <<<static_cast<unsigned>(p.num_tokens), threads_for(p.hidden), 0, cuda>>>(p);
+      return;
+    }
+    const auto launch = [&](auto batch) {
+      using Batch = decltype(batch);
+      const int64_t vectors = p.hidden / kVector;
+      const auto threads =
+          static_cast<unsigned>(threads_for((vectors + Batch::kVectors - 1) / Batch::kVectors));
+      const unsigned tokens = kMaxThreads / threads;
+      const auto blocks = static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens);
+      combine_kernel<T, Batch><<<blocks, dim3(threads, tokens), 0, cuda>>>(p);
+    };
+    constexpr int kInFlight = sizeof(T) == 2 ? 8 : 4;  // rows' vectors
+    if (p.num_experts_per_token <= 2) {
+      launch(CombineBatch<2, kInFlight / 2>());
+    } else {
+      launch(CombineBatch<kInFlight, 1>());
+    }
   });
   detail::check_launch("combine");
 }

@@ -27,11 +27,12 @@ inline void check_launch(const char* name) {
   }
 }
 
-/// Sums in a fixed (butterfly) order; every lane gets the result.
-template <typename T>
+/// Sums over each kLanes neighbouring lanes in a fixed (butterfly) order; every lane gets the
+/// result.
+template <int kLanes = kWarp, typename T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullMask, x, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullMask, x, mask);
   return x;
 }
 

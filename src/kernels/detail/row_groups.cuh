@@ -1,7 +1,7 @@
 #pragma once
 
-// Rows shared out to groups of threads, whole warps; narrow rows stand several to a block. Only the
-// width decides, so that sums are taken in an order that it alone decides.
+// Rows shared out to groups of threads, half or whole warps; narrow rows stand several to a block.
+// Only the width decides, so that sums are taken in an order that it alone decides.
 
 #include <type_traits>
 
@@ -23,6 +23,7 @@ struct RowGroups {
 template <typename Fn>
 bool dispatch_rows(int64_t vectors, int per_thread, Fn&& fn) {
   const auto fits = [&](int group) { return vectors <= int64_t{group} * per_thread; };
+  if (fits(16)) return fn(RowGroups<16>()), true;
   if (fits(32)) return fn(RowGroups<32>()), true;
   if (fits(64)) return fn(RowGroups<64>()), true;
   if (fits(128)) return fn(RowGroups<128>()), true;
@@ -38,13 +39,16 @@ bool dispatch_rows(int64_t vectors, int per_thread, Fn&& fn) {
 /// the block call it together.
 template <typename Rows>
 __device__ __forceinline__ float row_sum(float value, float* shared) {
-  value = warp_sum(value);
-  constexpr int kWarps = Rows::kGroup / kWarp;
-  if constexpr (kWarps == 1) return value;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  return warp_sum(lane < kWarps ? shared[warp / kWarps * kWarps + lane] : 0.0f);
+  if constexpr (Rows::kGroup <= kWarp) {
+    return warp_sum<Rows::kGroup>(value);
+  } else {
+    constexpr int kWarps = Rows::kGroup / kWarp;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    value = warp_sum(value);
+    if (lane == 0) shared[warp] = value;
+    __syncthreads();
+    return warp_sum(lane < kWarps ? shared[warp / kWarps * kWarps + lane] : 0.0f);
+  }
 }
 
 }  // namespace dsv3::kernels::cuda::detail
