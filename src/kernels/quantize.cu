@@ -11,7 +11,9 @@ namespace {
 using detail::kTile;
 using detail::kTileBand;
 using detail::kTileThreads;
+using detail::tile_grid;
 using detail::TilePlace;
+using detail::tiles_of;
 using detail::TileValues;
 
 /// Where the rows of an output tile come from.
@@ -84,39 +86,79 @@ __device__ __forceinline__ TileRows find_rows(const QuantizeTiles& p, int64_t ti
 /// the registers.
 template <typename T>
 inline constexpr int kBlocks = std::is_same_v<T, float> ? 2 : 4;
+/// Forms that are rarely used are not squeezed.
+template <typename T, bool kVec>
+inline constexpr int kTileBlocks = kVec ? kBlocks<T> : 2;
 
-template <typename T, bool kVec, bool kColumns>
-__global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
-    tiles_kernel(QuantizeTiles p, unsigned across, int64_t padded) {
-  const int64_t tile = blockIdx.x / across;
-  const TileRows rows = find_rows(p, tile);
-  const TilePlace place{
-      .row0 = tile * kTile,
-      .column0 = int64_t{blockIdx.x % across} * kTile,
-      .rows = p.groups.num_groups == 0 ? rows.valid : kTile,
-      .width = p.width,
-  };
+/// Codes take more registers to widen than both forms leave: each gets a kernel of its own.
+template <typename T>
+inline constexpr bool kBothAtOnce = !std::is_same_v<T, uint8_t>;
+
+struct TileGrid {
+  unsigned across;  // tiles of a row
+  int64_t padded;   // tokens of the transposed form
+};
+
+/// A thread's share of a tile, in memory.
+template <typename T>
+struct Share {
+  const T* x = nullptr;
+  int rows = 0;        // that exist: ≤ 0 = none, ≥ kTileBand = all
+  float scale = 0.0f;  // of codes: of row octet mod kTileBand
+  TilePlace place = {};
+};
+
+template <typename T>
+__device__ __forceinline__ Share<T> share_of(const QuantizeTiles& p, const TileGrid& grid) {
+  const int64_t row = blockIdx.x / grid.across;
+  const TileRows rows = find_rows(p, row);
+  Share<T> share;
+  share.place = {.row0 = row * kTile,
+                 .column0 = int64_t{blockIdx.x % grid.across} * kTile,
+                 .rows = p.groups.num_groups == 0 ? rows.valid : kTile,
+                 .width = p.width};
   const int first = detail::tile_first_row();
-  const int64_t left = place.columns_left();
-  const T* x = static_cast<const T*>(p.x) + (rows.source + first) * p.x_stride + place.column0 +
-               8 * detail::tile_octet();
-  TileValues<T> values;
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    values.template load<kVec>(j, x + j * p.x_stride, first + j < rows.valid ? left : 0);
-  }
+  share.rows = share.place.columns_left() > 0 ? rows.valid - first : 0;
+  share.x = static_cast<const T*>(p.x) + (rows.source + first) * p.x_stride + share.place.column0 +
+            8 * detail::tile_octet();
   if constexpr (std::is_same_v<T, uint8_t>) {
+    const int mine = detail::tile_octet() % kTileBand;
     const float* scales =
-        p.x_scales + place.column0 / kTile * p.x_scale_stride + rows.source + first;
+        p.x_scales + share.place.column0 / kTile * p.x_scale_stride + rows.source + first;
+    share.scale = mine < rows.valid - first ? scales[mine] : 0.0f;
+  }
+  return share;
+}
+
+template <typename T>
+__device__ __forceinline__ void set_scales(TileValues<T>& values, float scale) {
+  if constexpr (std::is_same_v<T, uint8_t>) {
 #pragma unroll
     for (int j = 0; j < kTileBand; ++j) {
-      values.scale[j] = first + j < rows.valid ? scales[j] : 0.0f;
+      values.scale[j] = __shfl_sync(detail::kFullMask, scale, j, kTileBand);
     }
   }
-  if (p.rows.data != nullptr) detail::emit_rows<kVec>(values, p.rows, p.rule, place);
+}
+
+template <typename T, bool kVec, bool kColumns>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kVec>)
+    tiles_kernel(QuantizeTiles p, TileGrid grid) {
+  const Share<T> share = share_of<T>(p, grid);
+  TileValues<T> values;
+  const T* x = share.x;
+#pragma unroll
+  for (int j = 0; j < kTileBand; ++j, x += p.x_stride) {
+    const int64_t columns = kVec ? 8 : share.place.columns_left();
+    values.template load<kVec>(j, x, j < share.rows ? columns : 0);
+  }
+  set_scales(values, share.scale);
+  __shared__ std::conditional_t<kColumns, detail::ColumnShared, char> shared;
+  if constexpr (kColumns) shared.prepare();
+  if constexpr (!kColumns || kBothAtOnce<T>) {
+    if (p.rows.data != nullptr) detail::emit_rows<kVec>(values, p.rows, p.rule, share.place);
+  }
   if constexpr (kColumns) {
-    __shared__ detail::ColumnShared<> shared;
-    detail::emit_columns(values, p.columns, p.rule, place, padded, shared);
+    detail::emit_columns(values, p.columns, p.rule, share.place, grid.padded, shared);
   }
 }
 
@@ -150,7 +192,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < detail::kTileWarps; ++w) amax = fmaxf(amax, shared[w]);
-  const auto scale = kernels::detail::tile_scale(amax, p.rule);
+  const auto scale = detail::tile_scale(amax, p.rule);
   if (threadIdx.x == 0) {
     p.scales[row0 / kTile * p.scale_stride + place.column0 / kTile] = scale.scale;
   }
@@ -160,118 +202,6 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     const uint2 codes = detail::encode8([&](int e) { return values.at(j, e); }, scale.inverse);
     detail::store_codes<kVec>(p.data + (row0 + first + j) * p.width + column, codes, left);
   }
-}
-
-/// Up to `left` numbers of a row.
-template <bool kVec, typename T>
-__device__ __forceinline__ void store_row(T* y, const float (&v)[8], int64_t left) {
-  if constexpr (kVec) {
-    detail::Packed<T> packed;
-    packed.set(v);
-    if (left > 0) packed.store_once(y);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < left) y[e] = detail::from_float<T>(v[e]);
-    }
-  }
-}
-
-/// kRows and kBlocks.
-template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads) dequantize_kernel(Dequantize p, unsigned across) {
-  const int64_t row0 = int64_t{blockIdx.x / across} * kTile;
-  const int64_t tile = blockIdx.x % across;
-  const TilePlace place{
-      .row0 = row0,
-      .column0 = tile * kTile,
-      .rows = static_cast<int>(min(p.num_tokens - row0, int64_t{kTile})),
-      .width = p.width,
-  };
-  const int first = detail::tile_first_row();
-  const int64_t left = place.columns_left();
-  const int64_t offset = (row0 + first) * p.width + place.column0 + 8 * detail::tile_octet();
-  TileValues<uint8_t> values;
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    const bool exists = first + j < place.rows;
-    values.template load<kVec>(j, p.data + offset + j * p.width, exists ? left : 0);
-  }
-  // Two lanes load a row's scale, and pass it on to the sixteen of the row.
-  const int mine = first + detail::tile_octet() / 2;
-  const float* from = p.tiling == Fp8Tiling::kRows
-                          ? p.scales + tile * p.scale_stride + row0 + mine
-                          : p.scales + row0 / kTile * p.scale_stride + tile;
-  const float scale = mine < place.rows ? *from : 0.0f;
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    values.scale[j] = __shfl_sync(detail::kFullMask, scale, 2 * j, 16);
-  }
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    if (first + j >= place.rows) continue;
-    float v[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = values.at(j, e);
-    store_row<kVec>(static_cast<T*>(p.y) + offset + j * p.width, v, left);
-  }
-}
-
-/// kColumns: the way of emit_columns backwards.
-template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads)
-    dequantize_columns_kernel(Dequantize p, unsigned across) {
-  __shared__ uint4 codes[kTile][8];
-  const int64_t row0 = int64_t{blockIdx.x / across} * kTile;
-  const TilePlace place{
-      .row0 = row0,
-      .column0 = int64_t{blockIdx.x % across} * kTile,
-      .rows = static_cast<int>(min(p.num_tokens - row0, int64_t{kTile})),
-      .width = p.width,
-  };
-  const int lane = threadIdx.x % detail::kWarp, warp = threadIdx.x / detail::kWarp;
-#pragma unroll
-  for (int i = 0; i < kTile * 8 / kTileThreads; ++i) {
-    const int octet = lane / 8 + 4 * i, column = 8 * octet + warp, pair = lane % 8;
-    uint4 part = make_uint4(0, 0, 0, 0);
-    if (place.column0 + column < p.width) {
-      const uint8_t* from = p.data + (place.column0 + column) * p.data_stride + row0 + 16 * pair;
-      part = __ldcs(reinterpret_cast<const uint4*>(from));
-    }
-    if (octet % 2 != 0) part = make_uint4(part.z, part.w, part.x, part.y);
-    codes[column][detail::swizzle(column, pair)] = part;
-  }
-  __syncthreads();
-  const int octet = detail::tile_octet(), first = detail::tile_first_row();
-  const int64_t left = place.columns_left();
-  uint2 mine[8];
-  float scales[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    mine[e] = reinterpret_cast<const uint2*>(codes[8 * octet + e])[first / 8 ^ octet];
-    const int64_t column = place.column0 + 8 * octet + e;
-    scales[e] = e < left ? p.scales[row0 / kTile * p.scale_stride + column] : 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    if (first + j >= place.rows) continue;
-    float v[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = __fmul_rn(detail::decode(mine[e], j), scales[e]);
-    store_row<kVec>(static_cast<T*>(p.y) + (row0 + first + j) * p.width + place.column0 + 8 * octet,
-                    v, left);
-  }
-}
-
-unsigned tiles_of(int64_t size) {
-  return static_cast<unsigned>((size + kTile - 1) / kTile);
-}
-
-/// A grid of one block per tile; throws when there are more than a grid holds.
-unsigned tile_grid(const char* name, int64_t rows, int64_t width) {
-  const int64_t tiles = int64_t{tiles_of(rows)} * tiles_of(width);
-  if (tiles > INT32_MAX) kernels::detail::raise_invalid(name, "more than 2^31 tiles of 128×128");
-  return static_cast<unsigned>(tiles);
 }
 
 /// Calls fn with a null pointer of the source's type and a constant that says whether its accesses
@@ -300,18 +230,21 @@ void quantize_tiles(const QuantizeTiles& p, Stream stream) {
   const bool grouped = p.groups.num_groups > 0;
   const int64_t rows = grouped ? p.groups.padded_rows : p.num_tokens;
   if (rows == 0 || p.width == 0) return;
-  const unsigned grid = tile_grid("quantize_tiles", rows, p.width), across = tiles_of(p.width);
-  const int64_t padded = int64_t{tiles_of(rows)} * kTile;
-  const cudaStream_t on = detail::cuda_stream(stream);
+  const unsigned tiles = tile_grid("quantize_tiles", rows, p.width);
+  const TileGrid grid{.across = tiles_of(p.width), .padded = int64_t{tiles_of(rows)} * kTile};
   dispatch_source("quantize_tiles", p.dtype, vectorised(p.width, p.x_stride, p.x, p.rows.data),
                   [&](auto* type, auto vec) {
                     using T = std::remove_pointer_t<decltype(type)>;
                     constexpr bool kVec = decltype(vec)::value;
-                    if (p.columns.data != nullptr) {
-                      tiles_kernel<T, kVec, true><<<grid, kTileThreads, 0, on>>>(p, across, padded);
-                    } else {
-                      tiles_kernel<T, kVec, false>
-                          <<<grid, kTileThreads, 0, on>>>(p, across, padded);
+                    const cudaStream_t on = detail::cuda_stream(stream);
+                    const auto launch = [&](auto columns) {
+                      tiles_kernel<T, kVec, decltype(columns)::value>
+                          <<<tiles, kTileThreads, 0, on>>>(p, grid);
+                    };
+                    const bool columns = p.columns.data != nullptr;
+                    if (columns) launch(std::true_type());
+                    if (p.rows.data != nullptr && !(columns && kBothAtOnce<T>)) {
+                      launch(std::false_type());
                     }
                   });
   detail::check_launch("quantize_tiles");
@@ -332,27 +265,6 @@ void quantize_blocks(const QuantizeBlocks& p, Stream stream) {
     }
   });
   detail::check_launch("quantize_blocks");
-}
-
-void dequantize(const Dequantize& p, Stream stream) {
-  if (p.num_tokens == 0 || p.width == 0) return;
-  const unsigned grid = tile_grid("dequantize", p.num_tokens, p.width), across = tiles_of(p.width);
-  const cudaStream_t on = detail::cuda_stream(stream);
-  const bool columns = p.tiling == Fp8Tiling::kColumns;
-  const bool vec = p.width % 8 == 0 && detail::aligned16(p.data) && detail::aligned16(p.y);
-  detail::dispatch_float("dequantize", p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (columns && vec) {
-      dequantize_columns_kernel<T, true><<<grid, kTileThreads, 0, on>>>(p, across);
-    } else if (columns) {
-      dequantize_columns_kernel<T, false><<<grid, kTileThreads, 0, on>>>(p, across);
-    } else if (vec) {
-      dequantize_kernel<T, true><<<grid, kTileThreads, 0, on>>>(p, across);
-    } else {
-      dequantize_kernel<T, false><<<grid, kTileThreads, 0, on>>>(p, across);
-    }
-  });
-  detail::check_launch("dequantize");
 }
 
 }  // namespace dsv3::kernels::cuda

@@ -9,6 +9,7 @@
 
 #include "kernels/detail/fp8_values.cuh"
 #include "kernels/detail/launch.cuh"
+#include "kernels/detail/tile_scale.cuh"
 
 namespace dsv3::kernels::cuda::detail {
 
@@ -21,7 +22,7 @@ __device__ __forceinline__ int tile_octet() {
 }
 template <int kBand = kTileBand>
 __device__ __forceinline__ int tile_first_row() {
-  return static_cast<int>(threadIdx.x) / 16 * kBand;
+  return static_cast<int>(ptx::thread_index()) / 16 * kBand;
 }
 
 /// The largest of 16 neighbouring lanes, to all of them.
@@ -53,6 +54,44 @@ __device__ __forceinline__ float half_warp_reduce(float (&v)[kCount], Join&& joi
   return all;
 }
 
+/// The largest magnitude of row octet / (16 / kBand) of the thread's, over the tile's columns. All
+/// lanes of a warp call it together.
+template <typename Values>
+__device__ __forceinline__ float row_amax(const Values& values) {
+  constexpr int kBand = Values::kBand;
+  float amax[kBand];
+#pragma unroll
+  for (int j = 0; j < kBand; ++j) amax[j] = values.row(j).amax();
+  return half_warp_reduce(amax, [](float a, float b) { return fmaxf(a, b); });
+}
+/// Two rows go together, one in each half of a word.
+template <int kBand>
+__device__ __forceinline__ float row_amax(const TileValues<__nv_bfloat16, kBand>& values) {
+  constexpr int kPairs = kBand / 2, kLanes = 16 / kPairs;  // lanes of a pair at the end
+  uint32_t most[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t low = values.row(2 * i).most(), high = values.row(2 * i + 1).most();
+    most[i] = ptx::max_abs_bf16x2(__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
+  }
+#pragma unroll
+  for (int width = kPairs / 2; width > 0; width /= 2) {
+    const bool upper = (threadIdx.x & (kLanes * width)) != 0;
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const uint32_t kept = upper ? most[i + width] : most[i];
+      const uint32_t given = upper ? most[i] : most[i + width];
+      most[i] = ptx::max_abs_bf16x2(kept, __shfl_xor_sync(kFullMask, given, kLanes * width));
+    }
+  }
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    most[0] = ptx::max_abs_bf16x2(most[0], __shfl_xor_sync(kFullMask, most[0], mask));
+  }
+  const bool second = (threadIdx.x & (kLanes / 2)) != 0;
+  return fabsf(__uint_as_float(second ? most[0] & 0xffff0000u : most[0] << 16));
+}
+
 /// Which part of a matrix a tile is.
 struct TilePlace {
   int64_t row0, column0;  // of the output
@@ -67,38 +106,41 @@ struct TilePlace {
 
 /// 1×128 tiles of the rows that exist.
 template <bool kVec, typename Values>
-__device__ __forceinline__ void emit_rows(const Values& values, const Fp8Rows& out,
-                                          const ScaleRule& rule, const TilePlace& place) {
+__device__ __forceinline__ void emit_rows(Values& values, const Fp8Rows& out, const ScaleRule& rule,
+                                          const TilePlace& place) {
   constexpr int kBand = Values::kBand, kLanes = 16 / kBand;
   const int octet = tile_octet(), first = tile_first_row<kBand>();
   const int64_t left = place.columns_left();
-  float amax[kBand];
-#pragma unroll
-  for (int j = 0; j < kBand; ++j) amax[j] = values.row(j).amax();
-  // Of row octet / kLanes.
-  const auto scale = kernels::detail::tile_scale(
-      half_warp_reduce(amax, [](float a, float b) { return fmaxf(a, b); }), rule);
+  const auto scale = tile_scale(row_amax(values), rule);  // of octet / kLanes
   if (octet % kLanes == 0 && first + octet / kLanes < place.rows) {
     const int64_t row = place.row0 + first + octet / kLanes;
     out.scales[place.column0 / kTile * out.scale_stride + row] = scale.scale;
   }
-  uint8_t* const to = out.data + (place.row0 + first) * place.width + place.column0 + 8 * octet;
+  values.forget();
+  uint8_t* to = out.data + (place.row0 + first) * place.width + place.column0 + 8 * octet;
+  const int rows = left > 0 ? place.rows - first : 0;  // of this thread's that exist
 #pragma unroll
-  for (int j = 0; j < kBand; ++j) {
+  for (int j = 0; j < kBand; ++j, to += place.width) {
     const float inverse = __shfl_sync(kFullMask, scale.inverse, kLanes * j, 16);
-    if (first + j < place.rows) {
-      const uint2 codes = encode8([&](int e) { return values.at(j, e); }, inverse);
-      store_codes<kVec>(to + j * place.width, codes, left);
+    const uint2 codes = encode8([&](int e) { return values.at(j, e); }, inverse);
+    if constexpr (kVec) {
+      ptx::store_if(to, codes, j < rows);
+    } else {
+      store_codes<false>(to, codes, j < rows ? left : 0);
     }
   }
 }
 
-template <int kBand = kTileBand>
 struct ColumnShared {
-  static constexpr int kWarps = kTile / kBand / 2;
-  alignas(16) float amax[kWarps][kTile];
+  alignas(16) uint32_t amax[kTile];  // a magnitude's bits; all zero between two calls
   alignas(16) float inverse[kTile];
   uint4 codes[kTile][8];  // [column][16 tokens], swizzled: see swizzle()
+
+  /// Before the first emit_columns: all threads of the block.
+  __device__ __forceinline__ void prepare() {
+    if (threadIdx.x < kTile) amax[threadIdx.x] = 0;
+    __syncthreads();
+  }
 };
 
 /// Where the 16 tokens from 16·pair of a column stand; in odd octets their halves are swapped.
@@ -111,8 +153,8 @@ __device__ __forceinline__ int swizzle(int column, int pair) {
 template <typename Values>
 __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& out,
                                              const ScaleRule& rule, const TilePlace& place,
-                                             int64_t padded, ColumnShared<Values::kBand>& shared) {
-  constexpr int kBand = Values::kBand, kWarps = ColumnShared<kBand>::kWarps;
+                                             int64_t padded, ColumnShared& shared) {
+  constexpr int kBand = Values::kBand, kWarps = kTile / kBand / 2;
   const int octet = tile_octet(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   values.forget();
   typename Values::Row top;
@@ -120,19 +162,17 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
 #pragma unroll
   for (int j = 0; j < kBand; ++j) top.raise(values.row(j));
   top.raise(top.from_lane(16));
-  if (lane < 16) {
-    float amax[8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) amax[e] = top.at(e);
-    store8(&shared.amax[warp][8 * octet], amax);
+  for (int e = 0; e < 4; ++e) {  // each half of the warp has four of the eight
+    // NaN, where all are, becomes 0.
+    const float amax = fmaxf(fabsf(lane < 16 ? top.at(e) : top.at(e + 4)), 0.0f);
+    atomicMax(&shared.amax[8 * octet + lane / 16 * 4 + e], __float_as_uint(amax));
   }
   __syncthreads();
   if (threadIdx.x < kTile) {
     const int column = threadIdx.x;
-    float top = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.amax[w][column]);
-    const auto scale = kernels::detail::tile_scale(top, rule);
+    const auto scale = tile_scale(__uint_as_float(shared.amax[column]), rule);
+    shared.amax[column] = 0;
     shared.inverse[column] = scale.inverse;
     if (place.column0 + column < place.width) {
       out.scales[place.row0 / kTile * out.scale_stride + place.column0 + column] = scale.scale;
@@ -159,16 +199,27 @@ __device__ __forceinline__ void emit_columns(Values& values, const Fp8Columns& o
     }
   }
   __syncthreads();
+  // Eight lanes take the 128 bytes of a column, a warp four columns that are eight apart.
+  const int column = 8 * (lane / 8) + 32 * (warp / 8) + warp % 8, pair = lane % 8;
+  const auto columns = static_cast<int>(min(place.width - place.column0, int64_t{kTile}));
+  uint8_t* to = out.data + (place.column0 + column) * padded + place.row0 + 16 * pair;
 #pragma unroll
-  for (int n = warp; n < 4 * 8; n += kWarps) {
-    const int from_octet = lane / 8 + n / 8 * 4, column = 8 * from_octet + n % 8, pair = lane % 8;
-    uint4 codes = shared.codes[column][swizzle(column, pair)];
-    if (from_octet % 2 != 0) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
-    if (place.column0 + column < place.width) {
-      uint8_t* to = out.data + (place.column0 + column) * padded + place.row0 + 16 * pair;
-      *reinterpret_cast<uint4*>(to) = codes;
-    }
+  for (int c = 0; c < kTile; c += 4 * kWarps, to += 4 * kWarps * padded) {
+    uint4 codes = shared.codes[column + c][swizzle(column + c, pair)];
+    if (lane / 8 % 2 != 0) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
+    ptx::store_if(to, codes, column + c < columns);
   }
+}
+
+inline unsigned tiles_of(int64_t size) {
+  return static_cast<unsigned>((size + kTile - 1) / kTile);
+}
+
+/// Tiles of a matrix; throws when there are more than a grid holds.
+inline unsigned tile_grid(const char* name, int64_t rows, int64_t width) {
+  const int64_t tiles = int64_t{tiles_of(rows)} * tiles_of(width);
+  if (tiles > INT32_MAX) kernels::detail::raise_invalid(name, "more than 2^31 tiles of 128×128");
+  return static_cast<unsigned>(tiles);
 }
 
 }  // namespace dsv3::kernels::cuda::detail

@@ -34,19 +34,6 @@ __device__ __forceinline__ uint2 encode8(Fn&& value, float inverse) {
                             __fmul_rn(value(6), inverse), __fmul_rn(value(7), inverse)));
 }
 
-/// The numbers of two codes, the lower byte's first, as a pair of FP16: exact.
-__device__ __forceinline__ uint32_t decode2(uint32_t codes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  const __half2_raw halves =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  return halves.x | static_cast<uint32_t>(halves.y) << 16;
-#else
-  const __half2 halves = __floats2half2_rn(kernels::detail::e4m3_value(codes & 0xffu),
-                                           kernels::detail::e4m3_value(codes >> 8 & 0xffu));
-  return *reinterpret_cast<const uint32_t*>(&halves);
-#endif
-}
-
 /// The number of byte `index` (a constant) of a word of codes.
 __device__ __forceinline__ float decode(uint32_t word, int index) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -83,15 +70,18 @@ struct TileValues {
   /// Row j from `x`, of which `count` elements exist (none: zeros).
   template <bool kVec>
   __device__ __forceinline__ void load(int j, const T* x, int64_t count) {
-    rows[j].clear();
     if constexpr (kVec) {
-      if (count > 0) rows[j].load_once(x);
+      rows[j].load_once_if(x, count > 0);
     } else {
       float v[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) v[e] = e < count ? to_float(x[e]) : 0.0f;
       rows[j].set(v);
     }
+  }
+  /// Row j as it stands in memory.
+  __device__ __forceinline__ void take(int j, const uint4& words) {
+    rows[j].raw = words;
   }
   __device__ __forceinline__ void set(int j, const float (&v)[8]) {
     rows[j].set(v);
@@ -114,35 +104,32 @@ struct TileValues {
 template <int kRows>
 struct TileValues<uint8_t, kRows> {
   static constexpr int kBand = kRows;
-  uint32_t pairs[kBand][4];  // of FP16
+  uint2 codes[kBand];
   float scale[kBand];
 
   template <bool kVec>
   __device__ __forceinline__ void load(int j, const uint8_t* x, int64_t count) {
-    uint2 raw = make_uint2(0, 0);
+    codes[j] = make_uint2(0, 0);
     if constexpr (kVec) {
-      if (count > 0) raw = __ldcs(reinterpret_cast<const uint2*>(x));
+      if (count > 0) codes[j] = __ldcs(reinterpret_cast<const uint2*>(x));
     } else {
       uint32_t words[2] = {0, 0};
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         if (e < count) words[e / 4] |= uint32_t{x[e]} << (8 * (e % 4));
       }
-      raw = make_uint2(words[0], words[1]);
+      codes[j] = make_uint2(words[0], words[1]);
     }
-    pairs[j][0] = decode2(raw.x & 0xffffu), pairs[j][1] = decode2(raw.x >> 16);
-    pairs[j][2] = decode2(raw.y & 0xffffu), pairs[j][3] = decode2(raw.y >> 16);
+  }
+  __device__ __forceinline__ void take(int j, const uint2& words) {
+    codes[j] = words;
   }
   __device__ __forceinline__ void forget() {
 #pragma unroll
-    for (int j = 0; j < kBand; ++j) {
-      asm volatile("" : "+r"(pairs[j][0]), "+r"(pairs[j][1]), "+r"(pairs[j][2]), "+r"(pairs[j][3]));
-    }
+    for (int j = 0; j < kBand; ++j) asm volatile("" : "+r"(codes[j].x), "+r"(codes[j].y));
   }
   __device__ __forceinline__ float at(int j, int e) const {
-    const uint32_t pair = pairs[j][e / 2];
-    const auto half = static_cast<uint16_t>(e % 2 == 0 ? pair & 0xffffu : pair >> 16);
-    return __fmul_rn(__half2float(__ushort_as_half(half)), scale[j]);
+    return __fmul_rn(decode(codes[j], e), scale[j]);
   }
   using Row = Packed<float>;
   __device__ __forceinline__ Row row(int j) const {

@@ -27,6 +27,10 @@ struct Packed<__nv_bfloat16> {
   __device__ __forceinline__ void load_once(const __nv_bfloat16* x) {
     raw = __ldcs(reinterpret_cast<const uint4*>(x));
   }
+  /// Zeros where they do not exist.
+  __device__ __forceinline__ void load_once_if(const __nv_bfloat16* x, bool exists) {
+    raw = ptx::load_once_if(x, exists);
+  }
   __device__ __forceinline__ void load(const __nv_bfloat16* x) {
     raw = *reinterpret_cast<const uint4*>(x);
   }
@@ -52,12 +56,12 @@ struct Packed<__nv_bfloat16> {
     }
     raw = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  /// The larger magnitudes of this and `other`, which replace this: ≥ 0 before. NaN is passed over.
+  /// The larger magnitudes of this and `other`, with any sign, replace this. NaN is passed over.
   __device__ __forceinline__ void raise(const Packed& other) {
-    raw.x = ptx::max_bf16x2(raw.x, other.raw.x & 0x7fff7fffu);
-    raw.y = ptx::max_bf16x2(raw.y, other.raw.y & 0x7fff7fffu);
-    raw.z = ptx::max_bf16x2(raw.z, other.raw.z & 0x7fff7fffu);
-    raw.w = ptx::max_bf16x2(raw.w, other.raw.w & 0x7fff7fffu);
+    raw.x = ptx::max_abs_bf16x2(raw.x, other.raw.x);
+    raw.y = ptx::max_abs_bf16x2(raw.y, other.raw.y);
+    raw.z = ptx::max_abs_bf16x2(raw.z, other.raw.z);
+    raw.w = ptx::max_abs_bf16x2(raw.w, other.raw.w);
   }
   /// That of another lane of the warp.
   __device__ __forceinline__ Packed from_lane(int mask) const {
@@ -68,13 +72,15 @@ struct Packed<__nv_bfloat16> {
     other.raw.w = __shfl_xor_sync(kFullMask, raw.w, mask);
     return other;
   }
+  /// The largest magnitudes of even and of odd elements, with any sign; NaN only where all are.
+  __device__ __forceinline__ uint32_t most() const {
+    return ptx::max_abs_bf16x2(ptx::max_abs_bf16x2(raw.x, raw.y),
+                               ptx::max_abs_bf16x2(raw.z, raw.w));
+  }
   /// The largest magnitude; NaN only where all eight are.
   __device__ __forceinline__ float amax() const {
-    constexpr uint32_t kMagnitudes = 0x7fff7fffu;
-    const uint32_t low = ptx::max_bf16x2(raw.x & kMagnitudes, raw.y & kMagnitudes);
-    const uint32_t high = ptx::max_bf16x2(raw.z & kMagnitudes, raw.w & kMagnitudes);
-    const uint32_t both = ptx::max_bf16x2(low, high);
-    return fmaxf(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+    const uint32_t both = most();
+    return fmaxf(fabsf(__uint_as_float(both << 16)), fabsf(__uint_as_float(both & 0xffff0000u)));
   }
 };
 
@@ -92,6 +98,10 @@ struct Packed<float> {
     const float4 high = __ldcs(reinterpret_cast<const float4*>(x) + 1);
     v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
     v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  }
+  __device__ __forceinline__ void load_once_if(const float* x, bool exists) {
+    clear();
+    if (exists) load_once(x);
   }
   __device__ __forceinline__ void load(const float* x) {
     load8(x, v);

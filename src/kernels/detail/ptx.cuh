@@ -17,6 +17,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// threadIdx.x, read anew instead of being kept in a register.
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 /// 2^x, flushing denormals; about 2 ulp.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -37,6 +44,41 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+/// 16 bytes, or zeros without reading where they do not exist; the first to leave the caches.
+__device__ __forceinline__ uint4 load_once_if(const void* x, bool exists) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %5, 0;\n"
+      "@p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(x), "r"(static_cast<int>(exists)));
+  return v;
+}
+/// Stores where `wanted`, without a branch around what makes the value.
+__device__ __forceinline__ void store_if(void* x, const uint2& v, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %3, 0;\n"
+      "@p st.global.v2.u32 [%0], {%1, %2};\n"
+      "}\n" ::"l"(x),
+      "r"(v.x), "r"(v.y), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+__device__ __forceinline__ void store_if(void* x, const uint4& v, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %5, 0;\n"
+      "@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"l"(x),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 /// The larger of each half of two pairs of BF16; a number where one of them is NaN.
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
   uint32_t y;
@@ -54,22 +96,6 @@ __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {
   asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 #endif
-}
-
-/// Four numbers as E4M3, the first in the lowest byte: nearest even, saturating. sm_89 and up.
-__device__ __forceinline__ uint32_t e4m3x4(float a, float b, float c, float d) {
-  uint32_t y = 0;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n"
-      "}\n"
-      : "=r"(y)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-#endif
-  return y;
 }
 
 /// Waits until `threads` threads of the block, a multiple of 32, have come to barrier `id`, 1 … 15.
@@ -118,6 +144,22 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint4 v, uint32_
 /// 16 bytes, both sides aligned to as much; past the first-level cache.
 __device__ __forceinline__ void async_copy16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+/// kBytes (8 or 16), or zeros without reading `global` where it does not exist.
+template <int kBytes>
+__device__ __forceinline__ void async_copy_or_zeros(uint32_t shared, const void* global,
+                                                    bool exists) {
+  const int bytes = exists ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  }
 }
 /// Closes the thread's open group of copies, which may be empty.
 __device__ __forceinline__ void async_commit() {
