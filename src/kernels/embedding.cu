@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 
-#include "kernels/detail/group.cuh"
+#include "kernels/detail/launch.cuh"
+#include "kernels/detail/row_grid.cuh"
+#include "kernels/detail/vector.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {

@@ -14,7 +14,9 @@
 
 #include "kernels/rope.h"
 
-#include "kernels/detail/group.cuh"
+#include <algorithm>
+
+#include "kernels/detail/launch.cuh"
 #include "kernels/detail/rotate.cuh"
 #include "kernels/detail/words.cuh"
 

@@ -4,9 +4,10 @@
 // row of threads sums its own heads in order, the shares meet in shared memory and are added in the
 // order of rows, then rotated back. Bytes in BF16: 2·T·H·(2N + 2Vd + R). Memory bound.
 
+#include <algorithm>
 #include <string>
 
-#include "kernels/detail/group.cuh"
+#include "kernels/detail/launch.cuh"
 #include "kernels/detail/rotate.cuh"
 #include "kernels/detail/words.cuh"
 #include "kernels/rope.h"

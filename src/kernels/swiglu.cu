@@ -3,9 +3,11 @@
 // The routing weight's gradient sums a row: there a block walks along one row. FP8 forms:
 // swiglu_fp8.cu.
 
-#include "kernels/detail/group.cuh"
+#include "kernels/detail/launch.cuh"
+#include "kernels/detail/row_grid.cuh"
 #include "kernels/detail/swiglu.cuh"
 #include "kernels/detail/swiglu_fp8.h"
+#include "kernels/detail/vector.cuh"
 #include "kernels/elementwise.h"
 
 namespace dsv3::kernels::cuda {
@@ -80,6 +82,18 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(SwigluBackward p) {
   }
 }
 
+/// The sum of `value` over the block's kThreads threads, in a fixed order. `shared` holds one
+/// number of each warp.
+__device__ __forceinline__ float block_sum(float value, float (&shared)[kThreads / kWarp]) {
+  value = detail::warp_sum(value);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarp; ++i) sum += shared[i];
+  return sum;
+}
+
 /// With the row weight's gradient: a block per row.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads) weighted_backward_kernel(SwigluBackward p) {
@@ -101,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) weighted_backward_kernel(SwigluBackw
     detail::store_n<kVec>(dgate + c, g);
     detail::store_n<kVec>(dgate + p.intermediate + c, u);
   }
-  share = detail::group_sum<kThreads>(share, shared);
+  share = block_sum(share, shared);
   if (threadIdx.x == 0) p.drow_weight[row] = share;
 }
 

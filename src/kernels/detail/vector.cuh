@@ -67,6 +67,26 @@ __device__ __forceinline__ void store8(__nv_bfloat16* x, const float (&v)[kVecto
   *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+/// kVec elements (8, or 1 where alignment forbids) between memory and FP32 registers.
+template <int kVec, typename T>
+__device__ __forceinline__ void load_n(const T* x, float (&v)[kVec]) {
+  if constexpr (kVec == kVector) {
+    load8(x, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = to_float(x[i]);
+  }
+}
+template <int kVec, typename T>
+__device__ __forceinline__ void store_n(T* x, const float (&v)[kVec]) {
+  if constexpr (kVec == kVector) {
+    store8(x, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = from_float<T>(v[i]);
+  }
+}
+
 /// Calls fn with a null pointer of the CUDA type of `dtype`: dispatch_float("permute", p.dtype,
 /// [&](auto* type) {…}).
 template <typename Fn>
