@@ -149,6 +149,15 @@ def cross_entropy(d, make):
     return Case(mean_loss, (logits, labels), (logits,))
 
 
+def head_loss(hidden, weight, labels):
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def head_cross_entropy(d, make):
+    hidden, weight = make.normal((d["T"], d["D"]), grad=True), make.normal((d["V"], d["D"]), grad=True, std=0.02)
+    return Case(head_loss, (hidden, weight, make.integers((d["T"],), d["V"]).long()), (hidden, weight))
+
+
 def route(logits, bias, groups, topk_group, choices):
     scores = torch.sigmoid(logits)
     biased = scores.detach() + bias
@@ -352,6 +361,6 @@ def normal_fill(d, make):
 CASES = {name: function for name, function in list(globals().items())
          if callable(function) and name.endswith(("_forward", "_backward"))}
 CASES |= {"rms_norm_latent_forward": rms_norm_forward, "rms_norm_latent_backward": rms_norm_backward,
-          "cross_entropy": cross_entropy, "make_permutation": make_permutation,
+          "cross_entropy": cross_entropy, "head_cross_entropy": head_cross_entropy, "make_permutation": make_permutation,
           "make_permutation_padded": make_permutation_padded, "permute_padded": permute_padded, "gradient_norm": gradient_norm,
           "adamw": adamw, "optimizer_step": optimizer_step, "normal_fill": normal_fill}

@@ -46,6 +46,7 @@ struct Problem {
   int64_t tokens;  // T
   DType dtype;     // kF32 or kBF16: of activations and weights
   int64_t flat;    // elements of the optimizer's buckets
+  bool on_gpu;
 
   int64_t element() const { return size_of(dtype); }
   int64_t sequence() const;       // S, the whole of T when 4096 does not divide it

@@ -32,9 +32,10 @@ std::function<void()> composed_backward(std::function<std::vector<at::Tensor>()>
   };
 }
 
-std::function<void()> composed_both(std::function<at::Tensor()> forward, at::Tensor input) {
-  return [forward = std::move(forward), input = std::move(input)] {
-    torch::autograd::grad({forward()}, {input});
+std::function<void()> composed_both(std::function<at::Tensor()> forward,
+                                    std::vector<at::Tensor> inputs) {
+  return [forward = std::move(forward), inputs = std::move(inputs)] {
+    torch::autograd::grad({forward()}, inputs);
   };
 }
 

@@ -21,7 +21,8 @@ std::function<void()> composed_backward(
     std::vector<at::Tensor> upstream,
     std::function<void(const std::vector<at::Tensor>&)> then = {});
 
-/// Gradient of the scalar that `forward` returns, forward and backward in each call.
-std::function<void()> composed_both(std::function<at::Tensor()> forward, at::Tensor input);
+/// Gradients of the scalar that `forward` returns, forward and backward in each call.
+std::function<void()> composed_both(std::function<at::Tensor()> forward,
+                                    std::vector<at::Tensor> inputs);
 
 }  // namespace dsv3::bench

@@ -3,14 +3,17 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/ones_like.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bench/ops/case.h"
 #include "bench/ops/composed.h"
 #include "kernels/elementwise.h"
 #include "kernels/loss.h"
+#include "ops/cross_entropy.h"
 #include "ops/split_cross_entropy.h"
 
 namespace dsv3::bench {
@@ -94,9 +97,45 @@ Work make_cross_entropy(Setup& s) {
                                 .losses = s.empty({T}, at::kFloat).mutable_data_ptr<float>(),
                                 .correct = s.empty({T}, at::kInt).mutable_data_ptr<int32_t>()};
   const at::Tensor input = leaf(logits), targets = s.keep(labels.to(at::kLong));
-  return {
-      [p, stream = s.stream()] { kernels::cross_entropy(p, stream); },
-      composed_both([=] { return at::cross_entropy_loss(input.to(at::kFloat), targets); }, input)};
+  return {[p, stream = s.stream()] { kernels::cross_entropy(p, stream); },
+          composed_both([=] { return at::cross_entropy_loss(input.to(at::kFloat), targets); },
+                        {input})};
+}
+
+/// The products take 6·T·V·D operations: a few tokens are enough for the CPU.
+int64_t head_tokens(const Problem& p) {
+  constexpr int64_t kMostHostTokens = 16;
+  return p.on_gpu ? p.tokens : std::min(p.tokens, kMostHostTokens);
+}
+
+/// The hidden states and the weight are read, their gradients written, the weight's in FP32 and
+/// added to what its bucket holds. Not counted: chunks of logits, which a fused head would not
+/// move. Bounded by its products on a GPU: the share of the copy's bandwidth is small.
+Plan plan_head(const Problem& p) {
+  const int64_t T = head_tokens(p), V = p.shape.vocab, D = p.shape.hidden;
+  return {{{"T", T}, {"V", V}, {"D", D}},
+          2 * T * D * p.element() + V * D * (p.element() + 2 * 4) + 4 * T,
+          V * D * (p.element() + 4)};
+}
+
+Work make_head(Setup& s) {
+  const int64_t T = head_tokens(s.problem), V = s.problem.shape.vocab, D = s.problem.shape.hidden;
+  const at::Tensor hidden = s.normal({T, D}), labels = s.integers({T}, V);
+  const double weight = 1.0 / static_cast<double>(T);
+  const at::Tensor scale = s.keep(at::full({1}, weight, labels.options().dtype(at::kFloat))[0]);
+  const at::Tensor matrix = s.normal({V, D}, 0.02), bucket = s.zeros({V, D}, at::kFloat);
+  const at::Tensor ours = leaf(hidden), input = leaf(hidden), theirs = leaf(matrix);
+  const ops::Weight head{leaf(matrix), bucket};
+  const at::Tensor targets = s.keep(labels.to(at::kLong));
+  // The weight's gradient goes to its bucket, not through the graph.
+  return {composed_both(
+              [=] { return ops::head_cross_entropy(ours, head, labels, scale).objective; }, {ours}),
+          composed_both(
+              [=] {
+                const at::Tensor logits = at::linear(input, theirs);
+                return at::cross_entropy_loss(logits.to(at::kFloat), targets);
+              },
+              {input, theirs})};
 }
 
 // Tensor parallelism over this many parts: the first one is timed.
@@ -174,6 +213,9 @@ constexpr Benchmark kBenchmarks[] = {
      make_embedding_backward},
     {"cross_entropy", "loss and gradient of the logits, in place", plan_cross_entropy,
      make_cross_entropy},
+    {"head_cross_entropy",
+     "product, loss and both gradients in chunks of tokens, 6 T V D operations", plan_head,
+     make_head},
     {"cross_entropy_statistics", "an eighth of the vocabulary: maximum, sum and label's logit",
      plan_statistics, make_statistics},
     {"cross_entropy_finish", "the same part's gradient from all parts' statistics, in place",

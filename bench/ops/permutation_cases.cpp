@@ -75,37 +75,51 @@ Order make_order(Setup& s) {
   return {s.keep(found[2].to(at::kInt).view({T, K})), s.keep(found[3].to(at::kInt))};
 }
 
-Work make_permutation_case(Setup& s) {
+/// make_permutation's parameters with outputs of their own.
+kernels::MakePermutation order_parameters(Setup& s, const at::Tensor& experts, int64_t multiple) {
   const int64_t T = s.problem.tokens, E = s.problem.shape.experts, K = s.problem.shape.choices;
-  const at::Tensor experts = s.distinct_experts();
+  const auto M = static_cast<int32_t>(multiple);
   const auto ints = [&s](at::IntArrayRef sizes) {
     return s.empty(sizes, at::kInt).mutable_data_ptr<int32_t>();
   };
-  const kernels::MakePermutation p{
-      .num_tokens = T,
-      .num_experts_per_token = static_cast<int32_t>(K),
-      .num_experts = static_cast<int32_t>(E),
-      .experts = experts.const_data_ptr<int32_t>(),
-      .counts = ints({E}),
-      .offsets = ints({E}),
-      .row_of = ints({T, K}),
-      .choice_of = ints({T * K}),
-      .workspace = ints({kernels::permutation_workspace(T * K, static_cast<int32_t>(E))})};
+  return {.num_tokens = T,
+          .num_experts_per_token = static_cast<int32_t>(K),
+          .num_experts = static_cast<int32_t>(E),
+          .row_multiple = M,
+          .experts = experts.const_data_ptr<int32_t>(),
+          .counts = ints({E}),
+          .offsets = ints({E}),
+          .row_of = ints({T, K}),
+          .choice_of = ints({kernels::permutation_rows(T * K, static_cast<int32_t>(E), M)}),
+          .workspace = ints({kernels::permutation_workspace(T * K, static_cast<int32_t>(E))})};
+}
+
+Work make_permutation_case(Setup& s) {
+  const int64_t E = s.problem.shape.experts;
+  const at::Tensor experts = s.distinct_experts();
+  const auto p = order_parameters(s, experts, /*multiple=*/1);
   return {[p, stream = s.stream()] { kernels::make_permutation(p, stream); },
           composed_forward([=] { composed_order(experts, E); })};
 }
 
+/// permute_forward's parameters with rows of their own, without choice_of and scales.
+kernels::PermuteForward gather_parameters(Setup& s, const at::Tensor& x, const at::Tensor& row_of,
+                                          int64_t num_rows) {
+  return {.num_tokens = s.problem.tokens,
+          .num_experts_per_token = static_cast<int32_t>(s.problem.shape.choices),
+          .hidden = s.problem.shape.hidden,
+          .num_rows = num_rows,
+          .dtype = s.problem.dtype,
+          .x = x.const_data_ptr(),
+          .row_of = row_of.const_data_ptr<int32_t>(),
+          .y = s.empty({num_rows, s.problem.shape.hidden}).mutable_data_ptr()};
+}
+
 Work make_permute_forward(Setup& s) {
-  const int64_t T = s.problem.tokens, K = s.problem.shape.choices, D = s.problem.shape.hidden;
+  const int64_t T = s.problem.tokens, K = s.problem.shape.choices;
   const Order order = make_order(s);
-  const at::Tensor x = s.normal({T, D});
-  const kernels::PermuteForward p{.num_tokens = T,
-                                  .num_experts_per_token = static_cast<int32_t>(K),
-                                  .hidden = D,
-                                  .dtype = s.problem.dtype,
-                                  .x = x.const_data_ptr(),
-                                  .row_of = order.row_of.const_data_ptr<int32_t>(),
-                                  .y = s.empty({T * K, D}).mutable_data_ptr()};
+  const at::Tensor x = s.normal({T, s.problem.shape.hidden});
+  const auto p = gather_parameters(s, x, order.row_of, T * K);
   const at::Tensor token_of = s.keep(order.choice_of.floor_divide(K));
   return {[p, stream = s.stream()] { kernels::permute_forward(p, stream); },
           composed_forward([=] { x.index_select(0, token_of); })};
@@ -248,26 +262,22 @@ std::vector<at::Tensor> composed_padded_order(const at::Tensor& experts, int64_t
 Work make_padded(Setup& s) {
   const int64_t E = s.problem.shape.experts, rows = padded_total(s.problem);
   const at::Tensor experts = s.distinct_experts();
-  return {[experts, E] { ops::make_permutation(experts, E, kMultiple); },
+  const auto p = order_parameters(s, experts, kMultiple);
+  return {[p, stream = s.stream()] { kernels::make_permutation(p, stream); },
           composed_forward([=] { composed_padded_order(experts, E, rows); })};
 }
 
-/// Where each row of expert order comes from: a token, and whether it is padding [Rows, 1].
-std::pair<at::Tensor, at::Tensor> sources(Setup& s, const ops::Permutation& permutation) {
-  const at::Tensor padding = s.keep(permutation.choice_of.lt(0).unsqueeze(1));
-  return {s.keep(permutation.choice_of.clamp_min(0).floor_divide(s.problem.shape.choices)),
-          padding};
-}
-
 Work make_permute_padded(Setup& s) {
-  const auto permutation =
+  const auto order =
       ops::make_permutation(s.distinct_experts(), s.problem.shape.experts, kMultiple);
+  const at::Tensor row_of = s.keep(order.row_of), choice_of = s.keep(order.choice_of);
   const at::Tensor x = s.normal({s.problem.tokens, s.problem.shape.hidden});
-  const auto [tokens, padding] = sources(s, permutation);
-  return {[x, permutation] { ops::permute(x, permutation); },
-          composed_forward([x, tokens = tokens, padding = padding] {
-            x.index_select(0, tokens).masked_fill_(padding, 0);
-          })};
+  auto p = gather_parameters(s, x, row_of, padded_total(s.problem));
+  p.choice_of = choice_of.const_data_ptr<int32_t>();
+  const at::Tensor padding = s.keep(choice_of.lt(0).unsqueeze(1));
+  const at::Tensor tokens = s.keep(choice_of.clamp_min(0).floor_divide(s.problem.shape.choices));
+  return {[p, stream = s.stream()] { kernels::permute_forward(p, stream); },
+          composed_forward([=] { x.index_select(0, tokens).masked_fill_(padding, 0); })};
 }
 
 constexpr Benchmark kBenchmarks[] = {

@@ -109,7 +109,8 @@ Problem problem_of(const Shape& shape, const RunOptions& options) {
   return {.shape = shape,
           .tokens = tokens,
           .dtype = options.dtype,
-          .flat = whole_model ? shape.parameters : tokens * shape.hidden};
+          .flat = whole_model ? shape.parameters : tokens * shape.hidden,
+          .on_gpu = gpu};
 }
 
 int64_t sets_of(const Plan& plan, int64_t cache_bytes) {

@@ -236,9 +236,12 @@ TEST_P(PermuteTest, Fp8RowsCarryTheirScales) {
   const uint64_t seed = test::fresh_seed();
   SCOPED_TRACE(test::seed_text(seed));
   test::Random random(seed);
-  for (const int64_t hidden : {1, 30, 128, 400, 7168}) {
+  // The widest rows have so many scales that a kernel of their own takes them on CUDA.
+  const std::pair<int64_t, int64_t> sizes[] = {{13, 1},    {13, 30},     {13, 128},  {13, 400},
+                                               {13, 7168}, {1000, 1024}, {12, 32768}};
+  for (const auto& [num_tokens, hidden] : sizes) {
     for (const int64_t multiple : {1, 16}) {
-      const int64_t num_tokens = 13, k = 3;
+      const int64_t k = 3;
       const Permutation permutation =
           make_permutation(random.integers({num_tokens, k}, 5, GetParam()), 5, multiple);
       const Fp8RowTiles x =
