@@ -8,6 +8,7 @@
 // Widths that are not multiples of 8, unaligned pointers and rows that shared memory cannot hold
 // take a scalar path.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/detail/packed.cuh"
@@ -38,17 +39,23 @@ inline constexpr int kBlocks = Rows::kThreads > 448 ||
 /// hide each other's waiting: there it is read again, and its place given away at the end.
 template <typename Rows, bool kSecond>
 inline constexpr bool kAsksEarly = Rows::kRows == 1 && !kSecond;
+/// Rows that a block takes at once. With a second norm there is one block to a multiprocessor,
+/// whose rows wait for their sums together.
+template <typename T, typename Rows, bool kSecond>
+inline constexpr int kAtOnce = kSecond&& Rows::kRows == 1 && Rows::kThreads <= 448 && sizeof(T) == 2
+                                   ? 2
+                                   : 1;
 /// What a multiprocessor should have asked for; more stages than it takes are no faster.
 constexpr int64_t kInFlight = 56 * 1024;
 constexpr int kMostStages = 4;
 
-/// Waits until all but the latest stages - 1 rows that the thread asked for have arrived.
-__device__ __forceinline__ void wait_for_oldest(int stages) {
+/// Waits until all but the latest `pending` rows that the thread asked for have arrived.
+__device__ __forceinline__ void wait_until(int pending) {
   static_assert(kMostStages == 4);
-  if (stages == 1) detail::ptx::async_wait<0>();
-  if (stages == 2) detail::ptx::async_wait<1>();
-  if (stages == 3) detail::ptx::async_wait<2>();
-  if (stages == 4) detail::ptx::async_wait<3>();
+  if (pending == 0) detail::ptx::async_wait<0>();
+  if (pending == 1) detail::ptx::async_wait<1>();
+  if (pending == 2) detail::ptx::async_wait<2>();
+  if (pending == 3) detail::ptx::async_wait<3>();
 }
 
 /// The rows' shares of dweight, added in the order of the rows, to this block's row of `partials`.
@@ -93,7 +100,8 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
   // A thread's own words of the rows that are on their way. Copies that skip the registers are slow
   // where the first of them does not stand at a multiple of 128 bytes.
   extern __shared__ __align__(128) uint4 ring[];
-  __shared__ float shared[2][Rows::kThreads / kWarp];
+  constexpr int kCount = kAtOnce<T, Rows, kSecond>;
+  __shared__ float shared[2][kCount * Rows::kThreads / kWarp];
   constexpr int kWords = kVector * static_cast<int>(sizeof(T)) / 16, kThreads = Rows::kThreads;
   constexpr int kX = 0, kDy = 1, kSecondDy = 2, kDsum = kSecond ? 3 : 2;  // matrices in the ring
   constexpr bool kEarly = kAsksEarly<Rows, kSecond>;
@@ -141,36 +149,44 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
   }
   float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
   int turn = 0, stage = 0;
-  // Whole blocks go round together: row_sum is a barrier.
+  // Whole blocks go round together: row_sums is a barrier.
   for (int64_t first = int64_t{blockIdx.x} * Rows::kRows; first < p.num_tokens;
-       first += step, ahead += step, turn ^= 1) {
-    const int64_t row = first + threadIdx.x / Rows::kGroup;
-    const bool active = row < p.num_tokens;
-    const float inv_rms = active ? p.inv_rms[row] : 0.0f;
-    wait_for_oldest(stages);
-    const uint4* const words = ring + stage * (stage_bytes / 16) + threadIdx.x;
-    const auto read = [&](int matrix, int i, Packed<T>& to) {
+       first += kCount * step, turn ^= 1) {
+    const int64_t row0 = first + threadIdx.x / Rows::kGroup;
+    const auto active = [&](int a) { return row0 + a * step < p.num_tokens; };
+    float inv_rms[kCount], dot[kCount];
+#pragma unroll
+    for (int a = 0; a < kCount; ++a) inv_rms[a] = active(a) ? p.inv_rms[row0 + a * step] : 0.0f;
+    wait_until(stages - kCount);
+    const auto stage_of = [&](int a) {
+      return stage + a < stages ? stage + a : stage + a - stages;
+    };
+    const auto read = [&](int a, int matrix, int i, Packed<T>& to) {
       to.clear();
-      if (!active || lane + i * Rows::kGroup >= vectors) return;
+      if (!active(a) || lane + i * Rows::kGroup >= vectors) return;
+      const uint4* words = ring + stage_of(a) * (stage_bytes / 16) + threadIdx.x;
       to.load_words(words + (matrix * kVectors + i) * kWords * kThreads, kThreads);
     };
     Packed<T> x[kVectors], g[kVectors], g2[kSecond ? kVectors : 1], sum[kVectors];
-    float dot = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      read(kX, i, x[i]), read(kDy, i, g[i]);
-      if constexpr (kSecond) read(kSecondDy, i, g2[i]);
-      weight[i].forget();
-      if constexpr (kSecond) second_weight[i].forget();
+    for (int a = 0; a < kCount; ++a) {
+      dot[a] = 0.0f;
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const float gx = g[i].at(e) * x[i].at(e);
-        dw[i][e] = fmaf(gx, inv_rms, dw[i][e]);
-        dot = fmaf(gx, weight[i].at(e), dot);
-        if constexpr (kSecond) {
-          const float g2x = g2[i].at(e) * x[i].at(e);
-          dw2[i][e] = fmaf(g2x, inv_rms, dw2[i][e]);
-          dot = fmaf(g2x, second_weight[i].at(e), dot);
+      for (int i = 0; i < kVectors; ++i) {
+        read(a, kX, i, x[i]), read(a, kDy, i, g[i]);
+        if constexpr (kSecond) read(a, kSecondDy, i, g2[i]);
+        weight[i].forget();
+        if constexpr (kSecond) second_weight[i].forget();
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          const float gx = g[i].at(e) * x[i].at(e);
+          dw[i][e] = fmaf(gx, inv_rms[a], dw[i][e]);
+          dot[a] = fmaf(gx, weight[i].at(e), dot[a]);
+          if constexpr (kSecond) {
+            const float g2x = g2[i].at(e) * x[i].at(e);
+            dw2[i][e] = fmaf(g2x, inv_rms[a], dw2[i][e]);
+            dot[a] = fmaf(g2x, second_weight[i].at(e), dot[a]);
+          }
         }
       }
     }
@@ -179,40 +195,46 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
       for (int i = 0; i < kVectors; ++i) {
         sum[i].clear();
         if (has_dsum) {
-          read(kDsum, i, sum[i]);
+          read(0, kDsum, i, sum[i]);
           sum[i].forget();  // it is in registers before its place is asked for again
         }
       }
-      ask(ahead, ring_begin + stage * stage_bytes);
+      ask(ahead, ring_begin + stage * stage_bytes), ahead += step;
     }
-    dot = detail::row_sum<Rows>(dot, shared[turn]);
-    const float slope = dot * inv_rms * inv_rms * inv_rms / static_cast<float>(p.hidden);
+    detail::row_sums<Rows>(dot, shared[turn]);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if constexpr (kEarly) {
-        x[i].forget(), g[i].forget();
-      } else {
-        read(kX, i, x[i]), read(kDy, i, g[i]);
-        if constexpr (kSecond) read(kSecondDy, i, g2[i]);
-        sum[i].clear();
-        if (has_dsum) read(kDsum, i, sum[i]);
-      }
-      weight[i].forget();
-      if constexpr (kSecond) second_weight[i].forget();
-      float out[kVector];
+    for (int a = 0; a < kCount; ++a) {
+      const float slope =
+          dot[a] * inv_rms[a] * inv_rms[a] * inv_rms[a] / static_cast<float>(p.hidden);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        float weighted = g[i].at(e) * weight[i].at(e);
-        if constexpr (kSecond) weighted = fmaf(g2[i].at(e), second_weight[i].at(e), weighted);
-        out[e] = sum[i].at(e) + (weighted * inv_rms - x[i].at(e) * slope);
+      for (int i = 0; i < kVectors; ++i) {
+        if constexpr (kEarly) {
+          x[i].forget(), g[i].forget();
+        } else {
+          read(a, kX, i, x[i]), read(a, kDy, i, g[i]);
+          if constexpr (kSecond) read(a, kSecondDy, i, g2[i]);
+          sum[i].clear();
+          if (has_dsum) read(a, kDsum, i, sum[i]);
+        }
+        weight[i].forget();
+        if constexpr (kSecond) second_weight[i].forget();
+        float out[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          float weighted = g[i].at(e) * weight[i].at(e);
+          if constexpr (kSecond) weighted = fmaf(g2[i].at(e), second_weight[i].at(e), weighted);
+          out[e] = sum[i].at(e) + (weighted * inv_rms[a] - x[i].at(e) * slope);
+        }
+        const int c = lane + i * Rows::kGroup;
+        if (active(a) && c < vectors) {
+          detail::store8(static_cast<T*>(p.dx) + (row0 + a * step) * p.hidden + c * kVector, out);
+        }
       }
-      const int c = lane + i * Rows::kGroup;
-      if (active && c < vectors) {
-        detail::store8(static_cast<T*>(p.dx) + row * p.hidden + c * kVector, out);
+      if constexpr (!kEarly) {
+        ask(ahead, ring_begin + stage_of(a) * stage_bytes), ahead += step;
       }
     }
-    if constexpr (!kEarly) ask(ahead, ring_begin + stage * stage_bytes);
-    stage = stage + 1 == stages ? 0 : stage + 1;
+    stage = stage_of(kCount);
   }
   detail::ptx::async_wait<0>();
   float* shares = reinterpret_cast<float*>(ring);
@@ -322,7 +344,7 @@ void check_cuda(cudaError_t error) {
 
 /// Stages of a ring, as many as `blocks` blocks of a multiprocessor want and find room for; 0 = a
 /// block alone has none for one.
-int ring_stages(int64_t stage_bytes, int blocks) {
+int ring_stages(int64_t stage_bytes, int blocks, int at_once) {
   constexpr int64_t kBesides = 2048;  // of a block: the driver's share and the static arrays
   int device = 0, of_block = 0, of_multiprocessor = 0;
   check_cuda(cudaGetDevice(&device));
@@ -332,7 +354,8 @@ int ring_stages(int64_t stage_bytes, int blocks) {
   const int64_t alone = (of_block - kBesides) / stage_bytes;
   const int64_t shared = (of_multiprocessor / blocks - kBesides) / stage_bytes;
   const int64_t wanted = (kInFlight + blocks * stage_bytes - 1) / (blocks * stage_bytes);
-  return static_cast<int>(std::min(std::min(wanted, alone), std::max<int64_t>(shared, 1)));
+  const int64_t stages = std::min({wanted + at_once - 1, alone, std::max<int64_t>(shared, 1)});
+  return stages < at_once ? 0 : static_cast<int>(std::min<int64_t>(stages, kMostStages));
 }
 
 /// Returns how many partial sums it leaves, 0 = the row does not fit.
@@ -343,7 +366,8 @@ int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream
     using Rows = decltype(rows);
     const int matrices = 2 + (kSecond ? 1 : 0) + (p.dsum != nullptr ? 1 : 0);
     const int64_t stage_bytes = int64_t{matrices} * kVectors * kVector * sizeof(T) * Rows::kThreads;
-    const int stages = std::min(ring_stages(stage_bytes, kBlocks<T, Rows, kSecond>), kMostStages);
+    const int stages =
+        ring_stages(stage_bytes, kBlocks<T, Rows, kSecond>, kAtOnce<T, Rows, kSecond>);
     if (stages == 0) return;
     auto* const kernel = backward_kernel<T, Rows, kSecond>;
     const auto shared_bytes = static_cast<int>(stages * stage_bytes);

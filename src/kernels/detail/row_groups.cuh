@@ -34,21 +34,35 @@ bool dispatch_rows(int64_t vectors, int per_thread, Fn&& fn) {
   return false;
 }
 
-/// The sum of `value` over the threads of a row, to all of them, in a fixed order. `shared` [warps
-/// of the block] must not be in use: alternate between two when calling in a loop. All threads of
-/// the block call it together.
+/// The sums of kCount values over the threads of a row, to all of them, in a fixed order. `shared`
+/// [kCount · warps of the block] must not be in use: alternate between two when calling in a loop.
+/// All threads of the block call it together.
+template <typename Rows, int kCount>
+__device__ __forceinline__ void row_sums(float (&values)[kCount], float* shared) {
+  constexpr int kBlockWarps = Rows::kThreads / kWarp, kWarps = Rows::kGroup / kWarp;
+  if constexpr (Rows::kGroup <= kWarp) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = warp_sum<Rows::kGroup>(values[i]);
+  } else {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = warp_sum(values[i]);
+      if (lane == 0) shared[i * kBlockWarps + warp] = values[i];
+    }
+    __syncthreads();
+    const int mine = warp / kWarps * kWarps + lane;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = warp_sum(lane < kWarps ? shared[i * kBlockWarps + mine] : 0.0f);
+    }
+  }
+}
 template <typename Rows>
 __device__ __forceinline__ float row_sum(float value, float* shared) {
-  if constexpr (Rows::kGroup <= kWarp) {
-    return warp_sum<Rows::kGroup>(value);
-  } else {
-    constexpr int kWarps = Rows::kGroup / kWarp;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    value = warp_sum(value);
-    if (lane == 0) shared[warp] = value;
-    __syncthreads();
-    return warp_sum(lane < kWarps ? shared[warp / kWarps * kWarps + lane] : 0.0f);
-  }
+  float values[1] = {value};
+  row_sums<Rows>(values, shared);
+  return values[0];
 }
 
 }  // namespace dsv3::kernels::cuda::detail
