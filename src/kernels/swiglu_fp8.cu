@@ -143,7 +143,7 @@ class Inputs {
     }
   }
 
-  TileRing<T, kBand, kMatrices> ring_;
+  TileRing<kBand, kMatrices> ring_;
   const T *gate_up_, *dy_;
   int64_t intermediate_;
   const T *gate_ = nullptr, *d_ = nullptr;  // of the row that is asked for next
@@ -302,8 +302,8 @@ void swiglu_forward_fp8(const SwigluForward& p, Stream stream) {
              constexpr bool kVec = decltype(vec)::value, kColumns = decltype(columns)::value;
              void (*ring)(SwigluForward, Tiling) = nullptr;
              if constexpr (kVec && sizeof(T) == 2) ring = forward_kernel<T, kVec, kColumns, true>;
-             launch(ring, TileRing<T, kBand, 2>::kBytes, forward_kernel<T, kVec, kColumns, false>,
-                    p, tiling, on);
+             launch(ring, TileRing<kBand, 2>::kBytes, forward_kernel<T, kVec, kColumns, false>, p,
+                    tiling, on);
            });
   check_launch("swiglu (fp8)");
 }
@@ -326,8 +326,8 @@ void swiglu_backward_fp8(const SwigluBackward& p, Stream stream) {
              constexpr bool kVec = decltype(vec)::value, kColumns = decltype(columns)::value;
              void (*ring)(SwigluBackward, Tiling) = nullptr;
              if constexpr (kVec && sizeof(T) == 2) ring = backward_kernel<T, kVec, kColumns, true>;
-             launch(ring, TileRing<T, kBand, 3>::kBytes, backward_kernel<T, kVec, kColumns, false>,
-                    p, tiling, on);
+             launch(ring, TileRing<kBand, 3>::kBytes, backward_kernel<T, kVec, kColumns, false>, p,
+                    tiling, on);
            });
   check_launch("swiglu_backward (fp8)");
   if (p.drow_weight == nullptr) return;

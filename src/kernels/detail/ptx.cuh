@@ -145,21 +145,12 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint4 v, uint32_
 __device__ __forceinline__ void async_copy16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
-/// kBytes (8 or 16), or zeros without reading `global` where it does not exist.
-template <int kBytes>
-__device__ __forceinline__ void async_copy_or_zeros(uint32_t shared, const void* global,
-                                                    bool exists) {
-  const int bytes = exists ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  }
+/// The same, or zeros without reading `global` where it does not exist.
+__device__ __forceinline__ void async_copy16_or_zeros(uint32_t shared, const void* global,
+                                                      bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 /// Closes the thread's open group of copies, which may be empty.
 __device__ __forceinline__ void async_commit() {

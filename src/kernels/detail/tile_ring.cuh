@@ -11,32 +11,32 @@
 
 namespace dsv3::kernels::cuda::detail {
 
-/// Tiles of kMatrices matrices of 16-bit numbers or codes, a thread's share as in TileValues.
-template <typename T, int kBand, int kMatrices>
+/// Tiles of kMatrices matrices of 16-bit numbers, a thread's share as in TileValues.
+template <int kBand, int kMatrices>
 class TileRing {
  public:
   static constexpr int kThreads = 16 * kTile / kBand;
-  static constexpr int kWord = kVector * static_cast<int>(sizeof(T));  // bytes of eight numbers
-  static constexpr int kBytes = kMatrices * kBand * kThreads * kWord;
-  using Word = std::conditional_t<kWord == 16, uint4, uint2>;
+  static constexpr int kBytes = kMatrices * kBand * kThreads * 16;
 
   /// `shared` [kBytes], at a multiple of 128: copies that skip the registers are slow elsewhere.
   __device__ __forceinline__ explicit TileRing(void* shared)
-      : words_(static_cast<Word*>(shared) + threadIdx.x) {}
+      : words_(static_cast<uint4*>(shared) + threadIdx.x) {}
 
   /// Asks for row j of the thread's share of a matrix; zeros where it does not exist.
-  __device__ __forceinline__ void ask(int matrix, int j, const T* x, bool exists) const {
-    ptx::async_copy_or_zeros<kWord>(ptx::shared_address(words_ + place(matrix, j)), x, exists);
+  __device__ __forceinline__ void ask(int matrix, int j, const void* x, bool exists) const {
+    ptx::async_copy16_or_zeros(ptx::shared_address(words_ + place(matrix, j)), x, exists);
   }
   /// What was asked for, after ptx::async_wait. It must be used before its place is asked for
   /// again.
-  __device__ __forceinline__ Word word(int matrix, int j) const { return words_[place(matrix, j)]; }
+  __device__ __forceinline__ uint4 word(int matrix, int j) const {
+    return words_[place(matrix, j)];
+  }
 
  private:
   static constexpr __device__ __forceinline__ int place(int matrix, int j) {
     return (matrix * kBand + j) * kThreads;
   }
-  Word* words_;
+  uint4* words_;
 };
 
 /// Blocks of `threads` with a ring of `bytes` that fill the device; 0 = shared memory is too small.
