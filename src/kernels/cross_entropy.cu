@@ -1,7 +1,8 @@
-// Softmax cross-entropy of logits, which are overwritten by their gradient: a block per token.
+// Softmax cross-entropy of logits, which are overwritten by their gradient: a block per token, of
+// as many threads as the row gives work to.
 //
-// Pass 1 takes the row in chunks of 32 KB, which the block holds in registers: the largest logit
-// first, then one exponential per logit below it. Pass 2 reads the row again and writes the
+// Pass 1 takes the row in chunks of up to 32 KB, which the block holds in registers: the largest
+// logit first, then one exponential per logit below it. Pass 2 reads the row again and writes the
 // gradient. Rows of up to 48 KB (a few hundred of them are in flight) come from the second cache on
 // their second reading: T·V read, T·V written. Longer ones go to cross_entropy_sm90.cu where the
 // device can; elsewhere they are read twice.
@@ -19,18 +20,17 @@ using detail::kVector;
 using detail::kWarp;
 using detail::Softmax;
 
-constexpr int kThreads = 512, kWords = 4;
-/// Blocks of a multiprocessor: pass 1 alone lives on many, pass 2 on registers for its loads.
-constexpr int kScanBlocks = 4, kGradientBlocks = 2;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostThreads = 512, kWords = 4;
+/// Threads of a multiprocessor: pass 1 alone lives on many, pass 2 on registers for its loads.
+constexpr int kScanThreads = 2048, kGradientThreads = 1024;
 
-template <typename T, typename Word>
+template <typename T, typename Word, int kThreads>
 using Chunk = detail::LogitChunk<T, Word, kThreads, kWords>;
 
 /// Pass 1 over a row whose first id is `begin`: each warp's softmax, in shared memory.
-template <typename T, typename Word>
+template <typename T, typename Word, int kWarps>
 __device__ void scan_row(const T* row, int64_t vocab, int64_t begin, Softmax (&parts)[kWarps]) {
-  using C = Chunk<T, Word>;
+  using C = Chunk<T, Word, kWarps * kWarp>;
   const auto* words = reinterpret_cast<const Word*>(row);
   const int64_t num_words = vocab / C::kPer;
   Softmax all = detail::empty_softmax();
@@ -43,6 +43,7 @@ __device__ void scan_row(const T* row, int64_t vocab, int64_t begin, Softmax (&p
 }
 
 /// The block's softmax from its warps', the same bits in every lane of a warp.
+template <int kWarps>
 __device__ Softmax join_warps(const Softmax (&parts)[kWarps]) {
   const int lane = threadIdx.x % kWarp;
   return detail::join_lanes(lane < kWarps ? parts[lane] : detail::empty_softmax());
@@ -56,10 +57,10 @@ struct Row {
 
 /// Pass 2; `label` within the row, or outside it; zeros when not `valid`. `known` returns the Row;
 /// it is asked when the first loads are on their way.
-template <typename T, typename Word, typename Known>
+template <typename T, typename Word, int kThreads, typename Known>
 __device__ Row write_gradient(T* row, int64_t vocab, int64_t label, bool valid, float scale,
                               const Known& known) {
-  using C = Chunk<T, Word>;
+  using C = Chunk<T, Word, kThreads>;
   auto* const words = reinterpret_cast<Word*>(row);
   const int64_t num_words = vocab / C::kPer;
   Row of{};
@@ -101,9 +102,10 @@ __device__ void write_loss(const Row& row, int label, bool valid, float* loss, i
   *correct = valid && row.softmax.argmax == static_cast<unsigned>(label) ? 1 : 0;
 }
 
-template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kGradientBlocks) whole_kernel(CrossEntropy p) {
-  __shared__ Softmax parts[kWarps];
+template <typename T, typename Word, int kThreads>
+__global__ void __launch_bounds__(kThreads, kGradientThreads / kThreads)
+    whole_kernel(CrossEntropy p) {
+  __shared__ Softmax parts[kThreads / kWarp];
   const int64_t token = blockIdx.x;
   T* const row = static_cast<T*>(p.logits) + token * p.vocab;
   const int label = p.labels[token];
@@ -120,14 +122,14 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks) whole_kernel(CrossE
   }
   // Note: every thread read the label's logit before the barrier, so it may be overwritten.
   if (p.write_gradient) {
-    write_gradient<T, Word>(row, p.vocab, label, valid, *p.scale, [&] { return known; });
+    write_gradient<T, Word, kThreads>(row, p.vocab, label, valid, *p.scale, [&] { return known; });
   }
 }
 
-template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kScanBlocks)
+template <typename T, typename Word, int kThreads>
+__global__ void __launch_bounds__(kThreads, kScanThreads / kThreads)
     statistics_kernel(CrossEntropyStatistics p) {
-  __shared__ Softmax parts[kWarps];
+  __shared__ Softmax parts[kThreads / kWarp];
   const int64_t token = blockIdx.x;
   const T* const row = static_cast<const T*>(p.logits) + token * p.vocab;
   const int label = p.labels[token];
@@ -165,8 +167,9 @@ __device__ Row join_parts(const CrossEntropyFinish& p, int64_t token) {
   return {detail::join_lanes(mine), detail::warp_largest(label_logit + 0.0f)};
 }
 
-template <typename T, typename Word>
-__global__ void __launch_bounds__(kThreads, kGradientBlocks) finish_kernel(CrossEntropyFinish p) {
+template <typename T, typename Word, int kThreads>
+__global__ void __launch_bounds__(kThreads, kGradientThreads / kThreads)
+    finish_kernel(CrossEntropyFinish p) {
   const int64_t token = blockIdx.x;
   T* const row = static_cast<T*>(p.logits) + token * p.vocab;
   const int label = p.labels[token];
@@ -175,23 +178,28 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks) finish_kernel(Cross
   Row known{};
   if (p.write_gradient && p.vocab > 0) {
     const int64_t local = label - p.vocab_begin;
-    known = write_gradient<T, Word>(row, p.vocab, local, valid, *p.scale, join);
+    known = write_gradient<T, Word, kThreads>(row, p.vocab, local, valid, *p.scale, join);
   } else {
     known = join();
   }
   if (threadIdx.x == 0) write_loss(known, label, valid, p.losses + token, p.correct + token);
 }
 
-/// Calls launch(null pointer of the element type, a word).
+/// Calls launch(null pointer of the element type, a word, the number of threads as a constant).
 template <typename P, typename Launch>
 void dispatch(const char* name, const P& p, const Launch& launch) {
   const bool vectorised = p.vocab % kVector == 0 && detail::aligned16(p.logits);
   detail::dispatch_float(name, p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (vectorised) {
-      launch(type, uint4{});
+    const int64_t words = p.vocab / detail::kPerWord<T, uint4>;
+    if (!vectorised) {
+      launch(type, T{}, std::integral_constant<int, kMostThreads>());
+    } else if (words <= 128 * kWords) {
+      launch(type, uint4{}, std::integral_constant<int, 128>());
+    } else if (words <= 256 * kWords) {
+      launch(type, uint4{}, std::integral_constant<int, 256>());
     } else {
-      launch(type, T{});
+      launch(type, uint4{}, std::integral_constant<int, kMostThreads>());
     }
   });
   detail::check_launch(name);
@@ -203,27 +211,30 @@ void cross_entropy(const CrossEntropy& p, Stream stream) {
   if (p.num_tokens == 0) return;
   if (p.write_gradient && detail::cross_entropy_sm90(p, detail::cuda_stream(stream))) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy", p, [&](auto* type, auto word) {
+  dispatch("cross_entropy", p, [&](auto* type, auto word, auto threads) {
     using T = std::remove_pointer_t<decltype(type)>;
-    whole_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    whole_kernel<T, decltype(word), decltype(threads)::value>
+        <<<grid, decltype(threads)::value, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
 void cross_entropy_statistics(const CrossEntropyStatistics& p, Stream stream) {
   if (p.num_tokens == 0) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy_statistics", p, [&](auto* type, auto word) {
+  dispatch("cross_entropy_statistics", p, [&](auto* type, auto word, auto threads) {
     using T = std::remove_pointer_t<decltype(type)>;
-    statistics_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    statistics_kernel<T, decltype(word), decltype(threads)::value>
+        <<<grid, decltype(threads)::value, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
 void cross_entropy_finish(const CrossEntropyFinish& p, Stream stream) {
   if (p.num_tokens == 0) return;
   const auto grid = static_cast<unsigned>(p.num_tokens);
-  dispatch("cross_entropy_finish", p, [&](auto* type, auto word) {
+  dispatch("cross_entropy_finish", p, [&](auto* type, auto word, auto threads) {
     using T = std::remove_pointer_t<decltype(type)>;
-    finish_kernel<T, decltype(word)><<<grid, kThreads, 0, detail::cuda_stream(stream)>>>(p);
+    finish_kernel<T, decltype(word), decltype(threads)::value>
+        <<<grid, decltype(threads)::value, 0, detail::cuda_stream(stream)>>>(p);
   });
 }
 
