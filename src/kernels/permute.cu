@@ -129,15 +129,14 @@ struct Batch {
 
 /// Blocks that a multiprocessor holds at once: what the registers of the words in flight leave.
 template <int kWords, bool kScales>
-inline constexpr int kBlocksAtOnce = kWords > 2 ? 5
-                                     : kScales  ? 6
-                                                : 8;
+inline constexpr int kBlocksAtOnce = kWords > 2 || kScales ? 6 : 8;
 
 /// Threads (along D, tokens). Copies x[t] to its K rows; the first blocks gather `scale_rows` rows'
 /// scales.
 template <typename Word, int kWords, bool kScales>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<kWords, kScales>)
     permute_kernel(PermuteForward p, int words, unsigned scale_blocks, int64_t scale_rows) {
+  constexpr bool kEarly = kWords <= 2;  // more words wait for the rows' numbers outside registers
   if constexpr (kScales) {
     if (blockIdx.x < scale_blocks) return gather_scales(p, scale_rows);
   }
@@ -152,17 +151,18 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<kWords, kScales>)
     if (threadIdx.x < num_choices) {
       rows[threadIdx.y][threadIdx.x] = p.row_of[token * num_choices + threadIdx.x];
     }
-    batch.load(x, first, words);  // on its way while the rows' numbers are awaited
+    if (kEarly) batch.load(x, first, words);  // on its way while the rows' numbers are awaited
   }
   __syncthreads();
   if (!exists) return;
   auto* const y = static_cast<Word*>(p.y);
   while (first < words) {
+    if (!kEarly) batch.load(x, first, words);
     for (int k = 0; k < num_choices; ++k) {
       batch.store(y + int64_t{rows[threadIdx.y][k]} * words, first, words);
     }
     first += kWords * static_cast<int>(blockDim.x);
-    batch.load(x, first, words);
+    if (kEarly) batch.load(x, first, words);
   }
 }
 

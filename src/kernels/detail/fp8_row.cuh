@@ -57,7 +57,7 @@ template <int kGroup, typename T>
 __device__ __forceinline__ void write_row(const Fp8Rows& out, const ScaleRule& rule,
                                           const Packed<T> (&y)[kRowVectors], int64_t row,
                                           int64_t hidden, int lane, int vectors) {
-  const auto own = kernels::detail::tile_scale(own_tile_amax(y), rule);
+  const auto own = tile_scale(own_tile_amax(y), rule);
   const int first = (lane / 16 * 16) + threadIdx.x % kRowVectors * kGroup;  // of the own tile
   if (threadIdx.x % 16 < kRowVectors && first < vectors) {
     out.scales[first / 16 * out.scale_stride + row] = own.scale;
