@@ -121,9 +121,6 @@ struct TileValues<uint8_t, kRows> {
       codes[j] = make_uint2(words[0], words[1]);
     }
   }
-  __device__ __forceinline__ void take(int j, const uint2& words) {
-    codes[j] = words;
-  }
   __device__ __forceinline__ void forget() {
 #pragma unroll
     for (int j = 0; j < kBand; ++j) asm volatile("" : "+r"(codes[j].x), "+r"(codes[j].y));
