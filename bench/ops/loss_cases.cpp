@@ -102,10 +102,11 @@ Work make_cross_entropy(Setup& s) {
                         {input})};
 }
 
-/// The products take 6·T·V·D operations: a few tokens are enough for the CPU.
+/// The products take 6·T·V·D operations; on the CPU as many tokens as make a second of them.
 int64_t head_tokens(const Problem& p) {
-  constexpr int64_t kMostHostTokens = 16;
-  return p.on_gpu ? p.tokens : std::min(p.tokens, kMostHostTokens);
+  constexpr int64_t kHostOperations = 200'000'000'000, kFewest = 16;
+  const int64_t most = kHostOperations / (6 * p.shape.vocab * p.shape.hidden);
+  return p.on_gpu ? p.tokens : std::min(p.tokens, std::max(most, kFewest));
 }
 
 /// The hidden states and the weight are read, their gradients written, the weight's in FP32 and
