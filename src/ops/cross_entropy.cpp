@@ -123,7 +123,7 @@ int64_t head_chunk_tokens(int64_t num_tokens, int64_t vocab, int64_t element_siz
   constexpr int64_t kMebi = int64_t{1} << 20;
   const int64_t budget = cuda ? 512 * kMebi : 4 * kMebi;
   const int64_t multiple = cuda ? 128 : 16;
-  const int64_t least = cuda ? 128 : 64;
+  const int64_t least = cuda ? 128 : 512;
   const int64_t most =
       std::max(least, budget / std::max<int64_t>(1, vocab * element_size) / multiple * multiple);
   if (num_tokens <= most) return std::max<int64_t>(1, num_tokens);
