@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_loss_gradient(const RouteBackward& p, const 
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    route_backward_kernel(RouteBackward p, int64_t sequence_length, bool wide) {
+    route_backward_kernel(RouteBackward p, unsigned sequence_length, bool wide) {
   __shared__ alignas(16) uint32_t rows[kWarps][kWarp * kPerLane];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t token = int64_t{blockIdx.x} * kWarps + warp;
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   detail::load_row(p.scores + token * num_experts, num_experts, lane, wide, 0.0f, s);
   if (p.dweights != nullptr) add_weight_gradient(p, token, lane, rows[warp], ds);
   if (p.coefficients != nullptr && (p.valid == nullptr || p.valid[token])) {
-    const float* const c = p.coefficients + token / sequence_length * num_experts;
+    const auto sequence = static_cast<unsigned>(token) / sequence_length;
+    const float* const c = p.coefficients + int64_t{sequence} * num_experts;
     add_loss_gradient(p, c, wide, lane, s, ds);
   }
   float dot = 0.0f;
@@ -101,10 +102,14 @@ void route_backward(const RouteBackward& p, Stream stream) {
   if (p.num_tokens == 0) return;
   const bool wide = p.shape.num_experts % 4 == 0 && detail::aligned16(p.scores) &&
                     detail::aligned16(p.dlogits) && detail::aligned16(p.coefficients);
+  if (p.num_tokens > UINT32_MAX) {
+    kernels::detail::raise_invalid("route_backward", "more than 2^32 tokens");
+  }
   const auto blocks = static_cast<unsigned>((p.num_tokens + kWarps - 1) / kWarps);
+  const auto sequence_length = static_cast<unsigned>(p.num_tokens / p.num_sequences);
   detail::dispatch_experts_per_lane(p.shape.num_experts, [&](auto per_lane) {
-    route_backward_kernel<per_lane()><<<blocks, kWarps * kWarp, 0, detail::cuda_stream(stream)>>>(
-        p, p.num_tokens / p.num_sequences, wide);
+    route_backward_kernel<per_lane()>
+        <<<blocks, kWarps * kWarp, 0, detail::cuda_stream(stream)>>>(p, sequence_length, wide);
   });
   detail::check_launch("route_backward");
 }
