@@ -1,5 +1,6 @@
-// Dequantisation on the device: a block of 256 threads per 128×128 numbers, all of its loads in
-// flight before the first use (detail/fp8_tile.cuh). Bytes for BF16: T·K read, 2·T·K written.
+// Dequantisation on the device: a block of 256 threads per 8×1024 numbers, or 128×128 of the
+// transposed form, all of its loads in flight before the first use (detail/fp8_tile.cuh). Bytes for
+// BF16: T·K read, 2·T·K written.
 
 #include "kernels/detail/fp8_tile.cuh"
 
@@ -29,41 +30,36 @@ __device__ __forceinline__ void store_row(T* y, const float (&v)[8], int64_t lef
 
 /// kRows and kBlocks.
 template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads) dequantize_kernel(Dequantize p, unsigned across) {
-  const int64_t row0 = int64_t{blockIdx.x / across} * kTile;
-  const int64_t tile = blockIdx.x % across;
-  const TilePlace place{
-      .row0 = row0,
-      .column0 = tile * kTile,
-      .rows = static_cast<int>(min(p.num_tokens - row0, int64_t{kTile})),
-      .width = p.width,
-  };
-  const int first = detail::tile_first_row();
-  const int64_t left = place.columns_left();
-  const int64_t offset = (row0 + first) * p.width + place.column0 + 8 * detail::tile_octet();
-  TileValues<uint8_t> values;
+__global__ void __launch_bounds__(kTileThreads, 6) dequantize_kernel(Dequantize p) {
+  constexpr int kBand = detail::Strip::kBand;
+  const detail::Strip strip(p.num_tokens, p.width);
+  if (strip.place.column0 >= p.width) return;  // the warp's
+  const int rows = strip.rows();
+  const int64_t left = strip.place.columns_left(), row = strip.place.row0 + strip.first;
+  const int64_t offset = row * p.width + strip.place.column0 + 8 * detail::tile_octet();
+  TileValues<uint8_t, kBand> values;
+  const uint8_t* data = p.data + offset;
 #pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    const bool exists = first + j < place.rows;
-    values.template load<kVec>(j, p.data + offset + j * p.width, exists ? left : 0);
+  for (int j = 0; j < kBand; ++j, data += p.width) {
+    values.template load<kVec>(j, data, j < rows ? left : 0);
   }
-  // Two lanes load a row's scale, and pass it on to the sixteen of the row.
-  const int mine = first + detail::tile_octet() / 2;
+  // Of row octet mod kBand.
+  const int mine = detail::tile_octet() % kBand;
   const float* from = p.tiling == Fp8Tiling::kRows
-                          ? p.scales + tile * p.scale_stride + row0 + mine
-                          : p.scales + row0 / kTile * p.scale_stride + tile;
-  const float scale = mine < place.rows ? *from : 0.0f;
+                          ? p.scales + strip.tile * p.scale_stride + row + mine
+                          : p.scales + strip.place.row0 / kTile * p.scale_stride + strip.tile;
+  const float scale = strip.first + mine < strip.place.rows ? *from : 0.0f;
 #pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    values.scale[j] = __shfl_sync(detail::kFullMask, scale, 2 * j, 16);
+  for (int j = 0; j < kBand; ++j) {
+    values.scale[j] = __shfl_sync(detail::kFullMask, scale, j, kBand);
   }
+  T* y = static_cast<T*>(p.y) + offset;
 #pragma unroll
-  for (int j = 0; j < kTileBand; ++j) {
-    if (first + j >= place.rows) continue;
+  for (int j = 0; j < kBand; ++j, y += p.width) {
     float v[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = values.at(j, e);
-    store_row<kVec>(static_cast<T*>(p.y) + offset + j * p.width, v, left);
+    store_row<kVec>(y, v, j < rows ? left : 0);
   }
 }
 
@@ -119,6 +115,7 @@ void dequantize(const Dequantize& p, Stream stream) {
   if (p.num_tokens == 0 || p.width == 0) return;
   const unsigned grid = detail::tile_grid("dequantize", p.num_tokens, p.width),
                  across = detail::tiles_of(p.width);
+  const unsigned strips = detail::strip_grid("dequantize", p.num_tokens, p.width);
   const cudaStream_t on = detail::cuda_stream(stream);
   const bool columns = p.tiling == Fp8Tiling::kColumns;
   const bool vec = p.width % 8 == 0 && detail::aligned16(p.data) && detail::aligned16(p.y);
@@ -129,9 +126,9 @@ void dequantize(const Dequantize& p, Stream stream) {
     } else if (columns) {
       dequantize_columns_kernel<T, false><<<grid, kTileThreads, 0, on>>>(p, across);
     } else if (vec) {
-      dequantize_kernel<T, true><<<grid, kTileThreads, 0, on>>>(p, across);
+      dequantize_kernel<T, true><<<strips, kTileThreads, 0, on>>>(p);
     } else {
-      dequantize_kernel<T, false><<<grid, kTileThreads, 0, on>>>(p, across);
+      dequantize_kernel<T, false><<<strips, kTileThreads, 0, on>>>(p);
     }
   });
   detail::check_launch("dequantize");

@@ -162,6 +162,24 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kVec>)
   }
 }
 
+/// Rows alone, without groups.
+template <typename T, bool kVec>
+__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 3 : 6)
+    rows_kernel(QuantizeTiles p) {
+  const detail::Strip strip(p.num_tokens, p.width);
+  if (strip.place.column0 >= p.width) return;  // the warp's
+  const int rows = strip.rows();
+  const int64_t left = strip.place.columns_left();
+  const T* x = static_cast<const T*>(p.x) + (strip.place.row0 + strip.first) * p.x_stride +
+               strip.place.column0 + 8 * detail::tile_octet();
+  TileValues<T, detail::Strip::kBand> values;
+#pragma unroll
+  for (int j = 0; j < detail::Strip::kBand; ++j, x += p.x_stride) {
+    values.template load<kVec>(j, x, j < rows ? left : 0);
+  }
+  detail::emit_rows<kVec>(values, p.rows, p.rule, strip.place, strip.first);
+}
+
 template <typename T, bool kVec>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     blocks_kernel(QuantizeBlocks p, unsigned across) {
@@ -237,6 +255,13 @@ void quantize_tiles(const QuantizeTiles& p, Stream stream) {
                     using T = std::remove_pointer_t<decltype(type)>;
                     constexpr bool kVec = decltype(vec)::value;
                     const cudaStream_t on = detail::cuda_stream(stream);
+                    if constexpr (!std::is_same_v<T, uint8_t>) {
+                      if (p.columns.data == nullptr && !grouped) {
+                        const auto strips = detail::strip_grid("quantize_tiles", rows, p.width);
+                        rows_kernel<T, kVec><<<strips, kTileThreads, 0, on>>>(p);
+                        return;
+                      }
+                    }
                     const auto launch = [&](auto columns) {
                       tiles_kernel<T, kVec, decltype(columns)::value>
                           <<<tiles, kTileThreads, 0, on>>>(p, grid);
