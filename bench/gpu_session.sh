@@ -25,8 +25,8 @@ export PATH="$PATH:/usr/local/cuda/bin"
 tests=(ops_test optim_test mla_test moe_test training_test)
 # Short cases with a GPU. Attention is LibTorch's own there; normal_fill has neither shared memory nor neighbours.
 sanitized='*cuda*:-*Attention*:*Normal*'
-# racecheck ends programs that launch clusters of thread blocks: cross-entropy, and cuBLAS in the gate.
-unraced=':*CrossEntropy*:*Gate*'
+# racecheck ends programs that launch clusters of thread blocks: cross-entropy, and cuBLAS in the gate and in products.
+unraced=':*CrossEntropy*:*Gate*:*Linear*'
 
 # A path as the caller meant it, made absolute.
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
