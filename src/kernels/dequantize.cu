@@ -2,7 +2,7 @@
 // transposed form, all of its loads in flight before the first use (detail/fp8_tile.cuh). Bytes for
 // BF16: T·K read, 2·T·K written.
 
-#include "kernels/detail/fp8_tile.cuh"
+#include "kernels/detail/fp8_strip.cuh"
 
 namespace dsv3::kernels::cuda {
 namespace {

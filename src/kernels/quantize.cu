@@ -1,9 +1,9 @@
-// FP8 tiles on the device: a block of 256 threads per 128×128 numbers, all of its loads in flight
-// before the first use (detail/fp8_tile.cuh). Bytes for BF16: 2·T·K read once, T·K written per
-// form; re-quantisation T·K and T·K; dequantisation T·K and 2·T·K. With groups every block looks up
-// its own: the ends of up to 1024 groups, scanned by one warp.
+// FP8 tiles on the device: a block of 256 threads per 128×128 numbers, or 8×1024 where rows alone
+// are wanted, all of its loads in flight before the first use (detail/fp8_tile.cuh). Bytes for
+// BF16: 2·T·K read once, T·K written per form; re-quantisation T·K and T·K. With groups every block
+// looks up its own: the ends of up to 1024 groups, scanned by one warp.
 
-#include "kernels/detail/fp8_tile.cuh"
+#include "kernels/detail/fp8_strip.cuh"
 
 namespace dsv3::kernels::cuda {
 namespace {
