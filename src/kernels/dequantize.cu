@@ -38,21 +38,14 @@ __global__ void __launch_bounds__(kTileThreads, 6) dequantize_kernel(Dequantize 
   const int64_t left = strip.place.columns_left(), row = strip.place.row0 + strip.first;
   const int64_t offset = row * p.width + strip.place.column0 + 8 * detail::tile_octet();
   TileValues<uint8_t, kBand> values;
-  const uint8_t* data = p.data + offset;
-#pragma unroll
-  for (int j = 0; j < kBand; ++j, data += p.width) {
-    values.template load<kVec>(j, data, j < rows ? left : 0);
-  }
+  detail::load_share<kVec>(values, p.data + offset, p.width, rows, left);
   // Of row octet mod kBand.
   const int mine = detail::tile_octet() % kBand;
   const float* from = p.tiling == Fp8Tiling::kRows
                           ? p.scales + strip.tile * p.scale_stride + row + mine
                           : p.scales + strip.place.row0 / kTile * p.scale_stride + strip.tile;
   const float scale = strip.first + mine < strip.place.rows ? *from : 0.0f;
-#pragma unroll
-  for (int j = 0; j < kBand; ++j) {
-    values.scale[j] = __shfl_sync(detail::kFullMask, scale, j, kBand);
-  }
+  values.share_scales(scale);
   T* y = static_cast<T*>(p.y) + offset;
 #pragma unroll
   for (int j = 0; j < kBand; ++j, y += p.width) {

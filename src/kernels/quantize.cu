@@ -130,28 +130,14 @@ __device__ __forceinline__ Share<T> share_of(const QuantizeTiles& p, const TileG
   return share;
 }
 
-template <typename T>
-__device__ __forceinline__ void set_scales(TileValues<T>& values, float scale) {
-  if constexpr (std::is_same_v<T, uint8_t>) {
-#pragma unroll
-    for (int j = 0; j < kTileBand; ++j) {
-      values.scale[j] = __shfl_sync(detail::kFullMask, scale, j, kTileBand);
-    }
-  }
-}
-
 template <typename T, bool kVec, bool kColumns>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kVec>)
     tiles_kernel(QuantizeTiles p, TileGrid grid) {
   const Share<T> share = share_of<T>(p, grid);
   TileValues<T> values;
-  const T* x = share.x;
-#pragma unroll
-  for (int j = 0; j < kTileBand; ++j, x += p.x_stride) {
-    const int64_t columns = kVec ? 8 : share.place.columns_left();
-    values.template load<kVec>(j, x, j < share.rows ? columns : 0);
-  }
-  set_scales(values, share.scale);
+  detail::load_share<kVec>(values, share.x, p.x_stride, share.rows,
+                           kVec ? 8 : share.place.columns_left());
+  if constexpr (std::is_same_v<T, uint8_t>) values.share_scales(share.scale);
   __shared__ std::conditional_t<kColumns, detail::ColumnShared, char> shared;
   if constexpr (kColumns) shared.prepare();
   if constexpr (!kColumns || kBothAtOnce<T>) {
@@ -168,15 +154,10 @@ __global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 3 : 6
     rows_kernel(QuantizeTiles p) {
   const detail::Strip strip(p.num_tokens, p.width);
   if (strip.place.column0 >= p.width) return;  // the warp's
-  const int rows = strip.rows();
-  const int64_t left = strip.place.columns_left();
   const T* x = static_cast<const T*>(p.x) + (strip.place.row0 + strip.first) * p.x_stride +
                strip.place.column0 + 8 * detail::tile_octet();
   TileValues<T, detail::Strip::kBand> values;
-#pragma unroll
-  for (int j = 0; j < detail::Strip::kBand; ++j, x += p.x_stride) {
-    values.template load<kVec>(j, x, j < rows ? left : 0);
-  }
+  detail::load_share<kVec>(values, x, p.x_stride, strip.rows(), strip.place.columns_left());
   detail::emit_rows<kVec>(values, p.rows, p.rule, strip.place, strip.first);
 }
 

@@ -77,23 +77,29 @@ class Inputs {
  public:
   TileValues<T, kBand> values[kMatrices];
 
-  __device__ __forceinline__ Inputs(void* ring, const void* gate_up, const void* dy,
-                                    int64_t intermediate)
+  __device__ __forceinline__ Inputs(void* ring, const Tiling& tiling, int64_t num_tokens,
+                                    const void* gate_up, const void* dy, int64_t intermediate)
       : ring_(ring),
+        tiling_(tiling),
+        num_tokens_(num_tokens),
         gate_up_(static_cast<const T*>(gate_up)),
         dy_(static_cast<const T*>(dy)),
         intermediate_(intermediate) {}
 
-  __device__ __forceinline__ void prepare(const Share& first) {
+  __device__ __forceinline__ Share share_of(unsigned tile) const {
+    return Share(tiling_, tile, num_tokens_, intermediate_);
+  }
+  __device__ __forceinline__ void prepare(unsigned first) {
     if constexpr (!kRing) return;
-    aim(first, true);
+    aim(share_of(first), true);
 #pragma unroll
     for (int j = 0; j < kBand; ++j) ask(j);
     end();
   }
-  __device__ __forceinline__ void begin(const Share& share, const Share& next, bool next_exists) {
+  /// `next`: the tile after the share's, which may not exist.
+  __device__ __forceinline__ void begin(const Share& share, unsigned next) {
     if constexpr (kRing) {
-      aim(next, next_exists);
+      aim(share_of(min(next, tiling_.tiles - 1)), next < tiling_.tiles);
       ptx::async_wait<0>();
     } else {
       load(share);
@@ -144,6 +150,8 @@ class Inputs {
   }
 
   TileRing<kBand, kMatrices> ring_;
+  const Tiling& tiling_;
+  int64_t num_tokens_;
   const T *gate_up_, *dy_;
   int64_t intermediate_;
   const T *gate_ = nullptr, *d_ = nullptr;  // of the row that is asked for next
@@ -156,17 +164,13 @@ __global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
     forward_kernel(SwigluForward p, Tiling tiling) {
   extern __shared__ __align__(128) unsigned char words[];
   __shared__ std::conditional_t<kColumns, ColumnShared, char> shared;
-  Inputs<T, 2, kVec, kRing> in(words, p.gate_up, nullptr, p.intermediate);
-  const auto share_of = [&](unsigned tile) {
-    return Share(tiling, tile, p.num_tokens, p.intermediate);
-  };
-  in.prepare(share_of(blockIdx.x));
+  Inputs<T, 2, kVec, kRing> in(words, tiling, p.num_tokens, p.gate_up, nullptr, p.intermediate);
+  in.prepare(blockIdx.x);
   if constexpr (kColumns) shared.prepare();
   for (unsigned tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
-    const Share share = share_of(tile);
+    const Share share = in.share_of(tile);
     const float weight = share.weight(p.row_weight);
-    const unsigned next = tile + gridDim.x;
-    in.begin(share, share_of(min(next, tiling.tiles - 1)), next < tiling.tiles);
+    in.begin(share, tile + gridDim.x);
     auto& [values, up] = in.values;
 #pragma unroll
     for (int j = 0; j < kBand; ++j) {
@@ -192,17 +196,13 @@ __global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
     backward_kernel(SwigluBackward p, Tiling tiling) {
   extern __shared__ __align__(128) unsigned char words[];
   __shared__ std::conditional_t<kColumns, ColumnShared, char> shared;
-  Inputs<T, 3, kVec, kRing> in(words, p.gate_up, p.dy, p.intermediate);
-  const auto share_of = [&](unsigned tile) {
-    return Share(tiling, tile, p.num_tokens, p.intermediate);
-  };
-  in.prepare(share_of(blockIdx.x));
+  Inputs<T, 3, kVec, kRing> in(words, tiling, p.num_tokens, p.gate_up, p.dy, p.intermediate);
+  in.prepare(blockIdx.x);
   if constexpr (kColumns) shared.prepare();
   for (unsigned tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
-    const Share share = share_of(tile);
+    const Share share = in.share_of(tile);
     const float weight = share.weight(p.row_weight);
-    const unsigned next = tile + gridDim.x;
-    in.begin(share, share_of(min(next, tiling.tiles - 1)), next < tiling.tiles);
+    in.begin(share, tile + gridDim.x);
     auto& [gate, up, d] = in.values;
     float shares[kBand];
 #pragma unroll

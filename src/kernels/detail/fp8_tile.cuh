@@ -32,21 +32,21 @@ __device__ __forceinline__ float half_warp_max(float x) {
   return x;
 }
 
-/// Reduces kCount (4 or 8) values of each of 16 neighbouring lanes, half of them leaving at every
-/// step: lane i of the 16 gets value i / (16 / kCount). join(a, b) = join(b, a).
-template <int kCount, typename Join>
-__device__ __forceinline__ float half_warp_reduce(float (&v)[kCount], Join&& join) {
+/// Reduces kCount values of each of 16 neighbouring lanes, half of them leaving at every step: lane
+/// i of the 16 gets value i / (16 / kCount). join(a, b) = join(b, a).
+template <int kCount, typename V, typename Join>
+__device__ __forceinline__ V half_warp_reduce(V (&v)[kCount], Join&& join) {
   constexpr int kLanes = 16 / kCount;  // of a value at the end
 #pragma unroll
   for (int width = kCount / 2; width > 0; width /= 2) {
     const bool upper = (threadIdx.x & (kLanes * width)) != 0;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      const float kept = upper ? v[i + width] : v[i], given = upper ? v[i] : v[i + width];
+      const V kept = upper ? v[i + width] : v[i], given = upper ? v[i] : v[i + width];
       v[i] = join(kept, __shfl_xor_sync(kFullMask, given, kLanes * width));
     }
   }
-  float all = v[0];
+  V all = v[0];
 #pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2) {
     all = join(all, __shfl_xor_sync(kFullMask, all, mask));
@@ -74,22 +74,9 @@ __device__ __forceinline__ float row_amax(const TileValues<__nv_bfloat16, kBand>
     const uint32_t low = values.row(2 * i).most(), high = values.row(2 * i + 1).most();
     most[i] = ptx::max_abs_bf16x2(__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
   }
-#pragma unroll
-  for (int width = kPairs / 2; width > 0; width /= 2) {
-    const bool upper = (threadIdx.x & (kLanes * width)) != 0;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const uint32_t kept = upper ? most[i + width] : most[i];
-      const uint32_t given = upper ? most[i] : most[i + width];
-      most[i] = ptx::max_abs_bf16x2(kept, __shfl_xor_sync(kFullMask, given, kLanes * width));
-    }
-  }
-#pragma unroll
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-    most[0] = ptx::max_abs_bf16x2(most[0], __shfl_xor_sync(kFullMask, most[0], mask));
-  }
+  const uint32_t pair = half_warp_reduce(most, ptx::max_abs_bf16x2);
   const bool second = (threadIdx.x & (kLanes / 2)) != 0;
-  return fabsf(__uint_as_float(second ? most[0] & 0xffff0000u : most[0] << 16));
+  return fabsf(__uint_as_float(second ? pair & 0xffff0000u : pair << 16));
 }
 
 /// Which part of a matrix a tile is.

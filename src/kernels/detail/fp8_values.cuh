@@ -125,6 +125,11 @@ struct TileValues<uint8_t, kRows> {
 #pragma unroll
     for (int j = 0; j < kBand; ++j) asm volatile("" : "+r"(codes[j].x), "+r"(codes[j].y));
   }
+  /// `own` of each lane is the scale of row (lane mod kBand).
+  __device__ __forceinline__ void share_scales(float own) {
+#pragma unroll
+    for (int j = 0; j < kBand; ++j) scale[j] = __shfl_sync(kFullMask, own, j, kBand);
+  }
   __device__ __forceinline__ float at(int j, int e) const {
     return __fmul_rn(decode(codes[j], e), scale[j]);
   }
@@ -136,5 +141,15 @@ struct TileValues<uint8_t, kRows> {
     return widened;
   }
 };
+
+/// A thread's share of a tile, its first row at `x`: `rows` of it exist, and `columns` of a row.
+template <bool kVec, typename T, int kBand>
+__device__ __forceinline__ void load_share(TileValues<T, kBand>& values, const T* x, int64_t stride,
+                                           int rows, int64_t columns) {
+#pragma unroll
+  for (int j = 0; j < kBand; ++j, x += stride) {
+    values.template load<kVec>(j, x, j < rows ? columns : 0);
+  }
+}
 
 }  // namespace dsv3::kernels::cuda::detail
