@@ -49,15 +49,12 @@ def compile_once(function):
     return torch.compile(function, dynamic=False)
 
 
-def runner(case, compile=compile_once):
-    """What is timed: the forward alone, the backward alone, or both where the output is a scalar."""
-    if case.several:
-        return case.several(compile)
-    compiled = compile(case.function)
+def results(case, compiled):
+    """A function that makes what is timed: the outputs, the gradients of known outputs, or those of a scalar output."""
     if not case.leaves:
         def forward():
             with torch.no_grad():
-                compiled(*case.inputs)
+                return compiled(*case.inputs)
         return forward
     if case.upstream is None:
         return lambda: torch.autograd.grad(compiled(*case.inputs), case.leaves)
@@ -67,8 +64,20 @@ def runner(case, compile=compile_once):
         if not outputs:
             result = compiled(*case.inputs)
             outputs.extend(result if isinstance(result, tuple) else (result,))
-        torch.autograd.grad(outputs, case.leaves, case.upstream, retain_graph=True)
+        return torch.autograd.grad(outputs, case.leaves, case.upstream, retain_graph=True)
     return backward
+
+
+def runner(case, compile=compile_once):
+    """What is timed. Results are kept until the next run of the same inputs: without, those of all sets would take turns in the
+    same memory, which a cache may hold, while ours go to as many places as there are sets."""
+    if case.several:
+        return case.several(compile)
+    make, kept = results(case, compile(case.function)), []
+
+    def run():
+        kept[:] = [make()]
+    return run
 
 
 class CpuTimer:
