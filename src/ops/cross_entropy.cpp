@@ -121,7 +121,7 @@ HeadLoss score(const at::Tensor& hidden, const Weight& weight, const at::Tensor&
 
 int64_t head_chunk_tokens(int64_t num_tokens, int64_t vocab, int64_t element_size, bool cuda) {
   constexpr int64_t kMebi = int64_t{1} << 20;
-  const int64_t budget = cuda ? 512 * kMebi : 4 * kMebi;
+  const int64_t budget = cuda ? 1024 * kMebi : 4 * kMebi;
   const int64_t multiple = cuda ? 128 : 16;
   const int64_t least = cuda ? 128 : 512;
   const int64_t most =

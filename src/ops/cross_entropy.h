@@ -30,9 +30,10 @@ HeadLoss head_cross_entropy(const at::Tensor& hidden, const Weight& weight,
 HeadLoss cross_entropy_(const at::Tensor& logits, const at::Tensor& labels,
                         const at::Tensor& scale);
 
-/// How many tokens' logits exist at once: a pure function. CUDA: 512 MiB of logits, so that the
-/// products stay large; CPU: 4 MiB, so that they stay in the cache, but 512 tokens at least,
-/// because each chunk adds the weight's whole gradient to its bucket.
+/// How many tokens' logits exist at once: a pure function. CUDA: 1 GiB of logits, so that the
+/// products stay large and the weight's gradient is seldom added; CPU: 4 MiB, so that they stay in
+/// the cache, but 512 tokens at least, because each chunk adds the weight's whole gradient to its
+/// bucket.
 int64_t head_chunk_tokens(int64_t num_tokens, int64_t vocab, int64_t element_size, bool cuda);
 
 namespace reference {
