@@ -33,7 +33,7 @@ using namespace detail;
 using kernels::detail::AdamWFactors;
 using kernels::detail::Rounded;
 
-constexpr int64_t kBlock = 2048;  // elements
+constexpr int64_t kBlock = kAdamWPart;  // elements
 
 struct HostMath {
   DSV3_INLINE static float root(float x) { return std::sqrt(x); }
@@ -362,20 +362,16 @@ void adamw(const AdamW& params) {
   const Range range(p);
   const bool skip = p.skip != nullptr && *p.skip != 0;
   const int64_t gradient_size = size_of(p.gradient_dtype);
-  const int64_t blocks = (p.size + kBlock - 1) / kBlock, parts = adamw_partials(p.size);
-  const int64_t part = parts > 0 ? (blocks + parts - 1) / parts : 0;  // blocks of a part
-  parallel_rows(parts, 24 * kBlock * part, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+  parallel_rows(adamw_partials(p.size), 24 * kBlock, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
       double moved[2] = {};
-      for (int64_t block = i * part; block < std::min(blocks, (i + 1) * part); ++block) {
-        const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
-        if (!skip) range.update(begin, end, p.partials != nullptr ? moved : nullptr);
-        if (p.zero_gradients) {
-          std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
-                      static_cast<size_t>((end - begin) * gradient_size));
-        }
+      const int64_t begin = block * kBlock, end = std::min(p.size, begin + kBlock);
+      if (!skip) range.update(begin, end, p.partials != nullptr ? moved : nullptr);
+      if (p.zero_gradients) {
+        std::memset(static_cast<char*>(p.gradients) + begin * gradient_size, 0,
+                    static_cast<size_t>((end - begin) * gradient_size));
       }
-      if (p.partials != nullptr) std::copy_n(moved, 2, p.partials + 2 * i);
+      if (p.partials != nullptr) std::copy_n(moved, 2, p.partials + 2 * block);
     }
   });
 }

@@ -45,7 +45,8 @@ __device__ float block_max(float x) {
 /// magnitude. Every thread of the block calls it.
 template <typename Types>
 __device__ float update_quads_of_tile(const AdamWFp8& p, const AdamWFactors& f,
-                                      float gradient_scale, const Tile& tile, float* kept) {
+                                      const typename Types::Key& key, float gradient_scale,
+                                      const Tile& tile, float* kept) {
   const int warp = threadIdx.x / kWarp, column = threadIdx.x % kWarp * kQuad;
   float top = 0.0f;
   for (int row = warp; row < tile.rows; row += 2 * kWarps) {
@@ -56,7 +57,7 @@ __device__ float update_quads_of_tile(const AdamWFp8& p, const AdamWFactors& f,
     detail::Loaded<Types> x = {};
     float w[kVector];
     detail::load_quads<Types, true>(p.update, q, x);
-    detail::update_quads<Types, true>(p.update, f, gradient_scale, q, x, w);
+    detail::update_quads<Types, true>(p.update, f, key, gradient_scale, q, x, w);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (!q.in[k]) continue;
@@ -72,13 +73,14 @@ __device__ float update_quads_of_tile(const AdamWFp8& p, const AdamWFactors& f,
 /// The same an element at a time.
 template <typename Types>
 __device__ float update_elements_of_tile(const AdamWFp8& p, const AdamWFactors& f,
-                                         float gradient_scale, const Tile& tile, float* kept) {
+                                         const typename Types::Key& key, float gradient_scale,
+                                         const Tile& tile, float* kept) {
   float top = 0.0f;
   for (int i = threadIdx.x; i < tile.rows * kTile; i += kThreads) {
     const int row = i / kTile, column = i % kTile;
     if (column >= tile.columns) continue;
     const int64_t at = (tile.row + row) * p.columns + tile.column + column;
-    kept[i] = detail::update1<Types>(p.update, f, gradient_scale, at);
+    kept[i] = detail::update1<Types>(p.update, f, key, gradient_scale, at);
     top = fmaxf(top, fabsf(kept[i]));
   }
   return top;
@@ -127,7 +129,8 @@ __device__ void zero_gradients(const AdamWFp8& p, const Tile& tile) {
 
 /// grid (blocks of columns, blocks of rows).
 template <typename Types, bool kVectors>
-__global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFactors f) {
+__global__ void __launch_bounds__(kThreads)
+    adamw_fp8_kernel(AdamWFp8 p, AdamWFactors f, typename Types::Key key) {
   extern __shared__ __align__(16) float kept[];
   detail::take_corrections(p.update, f);
   const Tile tile{
@@ -138,8 +141,9 @@ __global__ void __launch_bounds__(kThreads) adamw_fp8_kernel(AdamWFp8 p, AdamWFa
   if (p.update.skip == nullptr || *p.update.skip == 0) {
     const float gradient_scale =
         p.update.gradient_scale != nullptr ? *p.update.gradient_scale : 1.0f;
-    const float mine = kVectors ? update_quads_of_tile<Types>(p, f, gradient_scale, tile, kept)
-                                : update_elements_of_tile<Types>(p, f, gradient_scale, tile, kept);
+    const float mine = kVectors
+                           ? update_quads_of_tile<Types>(p, f, key, gradient_scale, tile, kept)
+                           : update_elements_of_tile<Types>(p, f, key, gradient_scale, tile, kept);
     const auto [scale, inverse] = kernels::detail::tile_scale(block_max(mine), p.rule);
     if (threadIdx.x == 0) p.scales[blockIdx.y * p.scale_stride + blockIdx.x] = scale;
     write_codes<kVectors>(p, tile, kept, inverse);
@@ -169,7 +173,8 @@ void adamw_fp8(const AdamWFp8& p, Stream stream) {
     auto* const kernel = vectors ? adamw_fp8_kernel<Types, true> : adamw_fp8_kernel<Types, false>;
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(p, factors);
+    kernel<<<grid, kThreads, kSharedBytes, detail::cuda_stream(stream)>>>(
+        p, factors, detail::rounding_key<Types>(p.update));
   });
   detail::check_launch("adamw_fp8");
 }

@@ -54,12 +54,13 @@ struct AdamW {
                                // zeros when skipped. adamw_fp8 does not fill it
 };
 
+/// Elements of a part of how far the weights moved.
+inline constexpr int64_t kAdamWPart = 2048;
+
 /// Parts that one pass leaves, a pure function of the range's size: adding them in order gives the
 /// same bits on every run.
 constexpr int64_t adamw_partials(int64_t size) {
-  constexpr int64_t kBlock = 2048, kMost = 16384;  // elements of a part at least; parts
-  const int64_t blocks = (size + kBlock - 1) / kBlock;
-  return blocks < kMost ? blocks : kMost;
+  return (size + kAdamWPart - 1) / kAdamWPart;
 }
 
 /// AdamW over a matrix [rows, columns] of a flat range, whose new weights (the master where there

@@ -239,9 +239,10 @@ TEST_P(AdamWOptionsTest, RandomBitsArePhiloxOfSeedIndexAndStep) {
     const at::Tensor gradients = r.gradients.cpu();
     run(r, p);
     const at::Tensor actual = r.exp_avg.to(at::kFloat).cpu();
+    namespace detail = kernels::detail;
+    const auto key = detail::philox_key(p.seed);
     for (int64_t i = 0; i < kSize; ++i) {
-      namespace detail = kernels::detail;
-      const auto words = detail::rounding_words(p, first + i, detail::Rounded::kExpAvg);
+      const auto words = detail::rounding_words(p, key, first + i, detail::Rounded::kExpAvg);
       const uint32_t random = detail::rounding_bits(words, static_cast<int>((first + i) % 8));
       const auto bits = std::bit_cast<uint32_t>(gradients.const_data_ptr<float>()[i]);
       ASSERT_EQ(std::bit_cast<uint32_t>(actual.const_data_ptr<float>()[i]),

@@ -2,8 +2,6 @@
 
 // AdamW of one or eight elements on the device, for flat ranges and for FP8 blocks.
 
-#include <math_constants.h>
-
 #include <type_traits>
 
 #include "kernels/detail/adamw.h"
@@ -15,6 +13,10 @@
 namespace dsv3::kernels::cuda::detail {
 
 using kernels::detail::AdamWFactors;
+using kernels::detail::PhiloxKey;
+
+/// Where nothing is rounded at random.
+struct NoKey {};
 using kernels::detail::Rounded;
 
 /// Root and division to about 2 ulp, one special-function instruction each: IEEE's would make the
@@ -43,29 +45,22 @@ struct Quads {
   bool in[2];
 };
 
-/// kFirstOut: lines that leave the caches first. Random rounding, whose few threads wait for long
-/// arithmetic, gains a tenth by it; the others lose 2 %.
-template <bool kFirstOut, typename Word>
-__device__ __forceinline__ Word load_word(const Word* x) {
-  return kFirstOut ? __ldcs(x) : *x;
-}
-
-template <bool kSplit, bool kFirstOut, typename T>
+template <bool kSplit, typename T>
 __device__ __forceinline__ void load_quads(const T* x, const Quads& q, Words8<T>& y) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (q.in[k]) y.word[k] = load_word<kFirstOut>(reinterpret_cast<const uint4*>(x + q.at[k]));
+      if (q.in[k]) y.word[k] = *reinterpret_cast<const uint4*>(x + q.at[k]);
     }
   } else if constexpr (kSplit) {
     uint2 half[2] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (q.in[k]) half[k] = load_word<kFirstOut>(reinterpret_cast<const uint2*>(x + q.at[k]));
+      if (q.in[k]) half[k] = *reinterpret_cast<const uint2*>(x + q.at[k]);
     }
     y.word[0] = make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
   } else {
-    y.word[0] = load_word<kFirstOut>(reinterpret_cast<const uint4*>(x + q.at[0]));
+    y.word[0] = *reinterpret_cast<const uint4*>(x + q.at[0]);
   }
 }
 
@@ -88,10 +83,11 @@ __device__ __forceinline__ void store_quads(T* x, const Quads& q, const Words8<T
 /// Random words of a thread's two quads, two each. With kSplit each of two neighbours draws for one
 /// of their two groups and gives the other its half: every lane of the warp calls this.
 template <bool kSplit>
-__device__ __forceinline__ kernels::detail::Philox4 quad_words(const AdamW& p, const Quads& q,
-                                                               Rounded what) {
+__device__ __forceinline__ kernels::detail::Philox4 quad_words(const AdamW& p, const PhiloxKey& key,
+                                                               const Quads& q, Rounded what) {
   const bool odd = kSplit && threadIdx.x % 2 != 0;
-  const auto r = kernels::detail::rounding_words(p, p.first_index + q.at[odd ? 1 : 0], what);
+  const int64_t index = p.first_index + q.at[odd ? 1 : 0];
+  const auto r = kernels::detail::rounding_words(p, key, index, what);
   if constexpr (!kSplit) return r;
   const uint32_t first = __shfl_xor_sync(kFullMask, odd ? r.word[0] : r.word[2], 1);
   const uint32_t second = __shfl_xor_sync(kFullMask, odd ? r.word[1] : r.word[3], 1);
@@ -99,22 +95,33 @@ __device__ __forceinline__ kernels::detail::Philox4 quad_words(const AdamW& p, c
   return {{r.word[0], r.word[1], first, second}};
 }
 
-/// round_at_random of two numbers that arithmetic left, in one word. Note: its NaN is 0x7fffffff,
-/// which stays NaN when it is cut.
+/// round_at_random of two numbers that arithmetic left, in one word. Note: infinity's lower half is
+/// zero, so that nothing carries out of it; arithmetic's NaN is 0x7fffffff, and its lower half is
+/// cleared before.
 __device__ __forceinline__ uint32_t round_pair(float low, float high, uint32_t random) {
-  uint32_t a = __float_as_uint(low), b = __float_as_uint(high);
-  if (fabsf(low) < CUDART_INF_F) a += random & 0xffffu;
-  if (fabsf(high) < CUDART_INF_F) b += random >> 16;
-  return __byte_perm(a, b, 0x7632);
+  const int a = min(__float_as_int(low), 0x7fff0000), b = min(__float_as_int(high), 0x7fff0000);
+  return __byte_perm(static_cast<uint32_t>(a) + (random & 0xffffu),
+                     static_cast<uint32_t>(b) + (random >> 16), 0x7632);
 }
 
+/// What rounds a thread's eight numbers at random; nothing where they are rounded to nearest.
+template <typename T, bool kStochastic>
+struct Randomness {
+  template <bool kSplit, typename Key>
+  __device__ __forceinline__ void draw(const AdamW& p, const Key& key, const Quads& q,
+                                       Rounded what) {
+    if constexpr (kRandom<T, kStochastic>) words = quad_words<kSplit>(p, key, q, what);
+  }
+  kernels::detail::Philox4 words;
+};
+
 /// Stores eight new numbers, rounded to nearest or at random; `v` becomes what was stored.
-template <bool kStochastic, bool kSplit, typename T>
-__device__ __forceinline__ void store_rounded(const AdamW& p, T* x, float (&v)[kVector],
-                                              const Quads& q, Rounded what) {
+template <bool kSplit, typename T, bool kStochastic>
+__device__ __forceinline__ void store_rounded(T* x, float (&v)[kVector], const Quads& q,
+                                              const Randomness<T, kStochastic>& randomness) {
   Words8<T> y;
   if constexpr (kRandom<T, kStochastic>) {
-    const auto random = quad_words<kSplit>(p, q, what);
+    const auto& random = randomness.words;
     y.word[0] =
         make_uint4(round_pair(v[0], v[1], random.word[0]), round_pair(v[2], v[3], random.word[1]),
                    round_pair(v[4], v[5], random.word[2]), round_pair(v[6], v[7], random.word[3]));
@@ -125,12 +132,12 @@ __device__ __forceinline__ void store_rounded(const AdamW& p, T* x, float (&v)[k
   store_quads<kSplit>(x, q, y);
 }
 
-template <bool kStochastic, typename T>
-__device__ __forceinline__ void store1_rounded(const AdamW& p, T* x, float& v, int64_t i,
-                                               Rounded what) {
+template <bool kStochastic, typename T, typename Key>
+__device__ __forceinline__ void store1_rounded(const AdamW& p, const Key& key, T* x, float& v,
+                                               int64_t i, Rounded what) {
   if constexpr (kRandom<T, kStochastic>) {
     const int64_t index = p.first_index + i;
-    const auto random = kernels::detail::rounding_words(p, index, what);
+    const auto random = kernels::detail::rounding_words(p, key, index, what);
     const uint32_t bits = kernels::detail::round_at_random(
         __float_as_uint(v), kernels::detail::rounding_bits(random, static_cast<int>(index % 8)));
     *x = __ushort_as_bfloat16(static_cast<unsigned short>(bits));
@@ -141,12 +148,13 @@ __device__ __forceinline__ void store1_rounded(const AdamW& p, T* x, float& v, i
   }
 }
 
-template <bool kStochastic, typename E>
-__device__ __forceinline__ void ema1(const AdamW& p, float gain, float w, int64_t i) {
+template <bool kStochastic, typename E, typename Key>
+__device__ __forceinline__ void ema1(const AdamW& p, const Key& key, float gain, float w,
+                                     int64_t i) {
   E* const ema = static_cast<E*>(p.ema) + i;
   float mean = to_float(*ema);
   mean = fmaf(gain, w - mean, mean);
-  store1_rounded<kStochastic>(p, ema, mean, i, Rounded::kEma);
+  store1_rounded<kStochastic>(p, key, ema, mean, i, Rounded::kEma);
 }
 
 /// How far a thread's weights moved: Σ (w after - w before)², before rounding, and Σ (w before)².
@@ -163,11 +171,19 @@ struct AdamWTypes {
   using Gradient = G;
   using Moment = M;
   using Kept = std::conditional_t<kHasMaster, float, W>;  // what the update starts from
+  using Key = std::conditional_t<kRoundsAtRandom, PhiloxKey, NoKey>;
   static constexpr bool kMaster = kHasMaster, kStochastic = kRoundsAtRandom;
   // How a warp shares out what it reads (Quads): where FP32 stands among it, 16 bytes are 4
   // numbers.
   static constexpr bool kSplit = sizeof(G) + sizeof(M) + sizeof(Kept) > 6;
 };
+
+/// Their random rounding's key, if they have one.
+template <typename Types>
+typename Types::Key rounding_key(const AdamW& p) {
+  if constexpr (Types::kStochastic) return kernels::detail::philox_key(p.seed);
+  return {};
+}
 
 /// Where the weight that the update starts from stands.
 template <typename Types>
@@ -189,39 +205,49 @@ struct Loaded {
 template <typename Types, bool kSplit>
 __device__ __forceinline__ void load_quads(const AdamW& p, const Quads& q, Loaded<Types>& x) {
   using M = typename Types::Moment;
-  load_quads<kSplit, Types::kStochastic>(static_cast<const typename Types::Gradient*>(p.gradients),
-                                         q, x.g);
-  load_quads<kSplit, Types::kStochastic>(static_cast<const M*>(p.exp_avg), q, x.m);
-  load_quads<kSplit, Types::kStochastic>(static_cast<const M*>(p.exp_avg_sq), q, x.v);
-  load_quads<kSplit, Types::kStochastic>(kept_weights<Types>(p), q, x.w);
+  load_quads<kSplit>(static_cast<const typename Types::Gradient*>(p.gradients), q, x.g);
+  load_quads<kSplit>(static_cast<const M*>(p.exp_avg), q, x.m);
+  load_quads<kSplit>(static_cast<const M*>(p.exp_avg_sq), q, x.v);
+  load_quads<kSplit>(kept_weights<Types>(p), q, x.w);
   if (p.ema == nullptr) return;
   if (p.ema_dtype == DType::kBF16) {
     Words8<__nv_bfloat16> half;
-    load_quads<kSplit, Types::kStochastic>(static_cast<const __nv_bfloat16*>(p.ema), q, half);
+    load_quads<kSplit>(static_cast<const __nv_bfloat16*>(p.ema), q, half);
     x.ema.word[0] = half.word[0];
   } else {
-    load_quads<kSplit, Types::kStochastic>(static_cast<const float*>(p.ema), q, x.ema);
+    load_quads<kSplit>(static_cast<const float*>(p.ema), q, x.ema);
   }
 }
 
-template <bool kStochastic, bool kSplit, typename E>
+template <bool kSplit, typename E, bool kStochastic>
 __device__ __forceinline__ void update_ema(const AdamW& p, float gain, const float (&w)[kVector],
-                                           const Words8<E>& words, const Quads& q) {
+                                           const Words8<E>& words, const Quads& q,
+                                           const Randomness<E, kStochastic>& random) {
   float mean[kVector];
   unpack(words, mean);
 #pragma unroll
   for (int e = 0; e < kVector; ++e) mean[e] = fmaf(gain, w[e] - mean[e], mean[e]);
-  store_rounded<kStochastic, kSplit>(p, static_cast<E*>(p.ema), mean, q, Rounded::kEma);
+  store_rounded<kSplit>(static_cast<E*>(p.ema), mean, q, random);
 }
 
 /// Updates what load_quads read; `w` becomes the new weights as they are kept. `moved` may be null.
 template <typename Types, bool kSplit>
 __device__ __forceinline__ void update_quads(const AdamW& p, const AdamWFactors& f,
-                                             float gradient_scale, const Quads& q,
-                                             const Loaded<Types>& x, float (&w)[kVector],
-                                             Moved* moved = nullptr) {
+                                             const typename Types::Key& key, float gradient_scale,
+                                             const Quads& q, const Loaded<Types>& x,
+                                             float (&w)[kVector], Moved* moved = nullptr) {
   using M = typename Types::Moment;
+  using Kept = typename Types::Kept;
   constexpr bool kStochastic = Types::kStochastic;
+  // Drawn while what was asked for is on its way.
+  Randomness<M, kStochastic> random_m, random_v;
+  Randomness<Kept, kStochastic> random_w;
+  Randomness<__nv_bfloat16, kStochastic> random_ema;
+  random_m.template draw<kSplit>(p, key, q, Rounded::kExpAvg);
+  random_v.template draw<kSplit>(p, key, q, Rounded::kExpAvgSq);
+  random_w.template draw<kSplit>(p, key, q, Rounded::kWeight);
+  const bool has_bf16_ema = p.ema != nullptr && p.ema_dtype == DType::kBF16;
+  if (has_bf16_ema) random_ema.template draw<kSplit>(p, key, q, Rounded::kEma);
   float g[kVector], m[kVector], v[kVector];
   unpack(x.g, g);
   unpack(x.m, m);
@@ -240,27 +266,27 @@ __device__ __forceinline__ void update_quads(const AdamW& p, const AdamWFactors&
     moved->update += update;
     moved->weight += weight;
   }
-  store_rounded<kStochastic, kSplit>(p, static_cast<M*>(p.exp_avg), m, q, Rounded::kExpAvg);
-  store_rounded<kStochastic, kSplit>(p, static_cast<M*>(p.exp_avg_sq), v, q, Rounded::kExpAvgSq);
-  store_rounded<kStochastic, kSplit>(p, kept_weights<Types>(p), w, q, Rounded::kWeight);
+  store_rounded<kSplit>(static_cast<M*>(p.exp_avg), m, q, random_m);
+  store_rounded<kSplit>(static_cast<M*>(p.exp_avg_sq), v, q, random_v);
+  store_rounded<kSplit>(kept_weights<Types>(p), w, q, random_w);
   if constexpr (Types::kMaster) {
     using W = typename Types::Weight;
     Words8<W> rounded;
     pack(w, rounded);
     if (p.weights != nullptr) store_quads<kSplit>(static_cast<W*>(p.weights), q, rounded);
   }
-  if (p.ema == nullptr) return;
-  if (p.ema_dtype == DType::kBF16) {
-    update_ema<kStochastic, kSplit>(p, f.ema_gain, w, Words8<__nv_bfloat16>{{x.ema.word[0]}}, q);
-  } else {
-    update_ema<kStochastic, kSplit>(p, f.ema_gain, w, x.ema, q);
+  if (has_bf16_ema) {
+    const Words8<__nv_bfloat16> ema{{x.ema.word[0]}};
+    update_ema<kSplit>(p, f.ema_gain, w, ema, q, random_ema);
+  } else if (p.ema != nullptr) {
+    update_ema<kSplit>(p, f.ema_gain, w, x.ema, q, Randomness<float, kStochastic>());
   }
 }
 
 /// Element i alone; returns the new weight as it is kept. `moved` may be null.
 template <typename Types>
-__device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_scale, int64_t i,
-                         Moved* moved = nullptr) {
+__device__ float update1(const AdamW& p, const AdamWFactors& f, const typename Types::Key& key,
+                         float gradient_scale, int64_t i, Moved* moved = nullptr) {
   using M = typename Types::Moment;
   auto* const kept = kept_weights<Types>(p) + i;
   M* const exp_avg = static_cast<M*>(p.exp_avg) + i;
@@ -274,18 +300,18 @@ __device__ float update1(const AdamW& p, const AdamWFactors& f, float gradient_s
     moved->update += (w - before) * (w - before);
     moved->weight += before * before;
   }
-  store1_rounded<Types::kStochastic>(p, exp_avg, m, i, Rounded::kExpAvg);
-  store1_rounded<Types::kStochastic>(p, exp_avg_sq, v, i, Rounded::kExpAvgSq);
-  store1_rounded<Types::kStochastic>(p, kept, w, i, Rounded::kWeight);
+  store1_rounded<Types::kStochastic>(p, key, exp_avg, m, i, Rounded::kExpAvg);
+  store1_rounded<Types::kStochastic>(p, key, exp_avg_sq, v, i, Rounded::kExpAvgSq);
+  store1_rounded<Types::kStochastic>(p, key, kept, w, i, Rounded::kWeight);
   if constexpr (Types::kMaster) {
     using W = typename Types::Weight;
     if (p.weights != nullptr) static_cast<W*>(p.weights)[i] = from_float<W>(w);
   }
   if (p.ema == nullptr) return w;
   if (p.ema_dtype == DType::kBF16) {
-    ema1<Types::kStochastic, __nv_bfloat16>(p, f.ema_gain, w, i);
+    ema1<Types::kStochastic, __nv_bfloat16>(p, key, f.ema_gain, w, i);
   } else {
-    ema1<Types::kStochastic, float>(p, f.ema_gain, w, i);
+    ema1<Types::kStochastic, float>(p, key, f.ema_gain, w, i);
   }
   return w;
 }

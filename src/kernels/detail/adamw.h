@@ -63,8 +63,9 @@ DSV3_ADAMW_INLINE uint64_t rounding_counter(const AdamW& p, Rounded what) {
 
 /// Random words for the eight elements of which `index` (among all of the run) is one: element e of
 /// them takes 16 bits, the lower (e even) or upper (e odd) half of word e / 2.
-DSV3_ADAMW_INLINE Philox4 rounding_words(const AdamW& p, int64_t index, Rounded what) {
-  return philox4x32(p.seed, static_cast<uint64_t>(index) / 8, rounding_counter(p, what));
+DSV3_ADAMW_INLINE Philox4 rounding_words(const AdamW& p, const PhiloxKey& key, int64_t index,
+                                         Rounded what) {
+  return philox4x32(key, static_cast<uint64_t>(index) / 8, rounding_counter(p, what));
 }
 DSV3_ADAMW_INLINE uint32_t rounding_bits(const Philox4& words, int element) {
   return (words.word[element / 2] >> (element % 2 * 16)) & 0xffffu;
