@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 
+#include "kernels/detail/expert_rows.cuh"
 #include "kernels/detail/launch.cuh"
-#include "kernels/detail/row_grid.cuh"
 #include "kernels/detail/vector.cuh"
 #include "kernels/elementwise.h"
 
@@ -23,7 +23,8 @@ using detail::kVector;
 
 constexpr int kChunk = 32;  // sorted tokens per block
 constexpr int kThreads = 128;
-constexpr int kBatch = 4;  // vectors of a thread whose loads are in flight together
+constexpr int kTokens = 2;  // of a thread of the forward
+constexpr int kBatch = 4;   // of one of the backward, whose loads are in flight together
 constexpr int kJoinLanes = 32, kJoinRows = 8;
 
 constexpr int64_t aligned(int64_t bytes) {
@@ -75,28 +76,24 @@ Scratch cut_scratch(void* base, int64_t num_tokens, int64_t vocab, int64_t hidde
   return s;
 }
 
-/// A thread takes kBatch vectors of a row, blockDim.x of them apart.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(256) forward_kernel(EmbeddingForward p) {
-  const int64_t step = int64_t{blockDim.x} * kVec;
-  const int64_t first = int64_t{blockIdx.x} * kBatch * step + int64_t{threadIdx.x} * kVec;
-  for (int64_t t = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; t < p.num_tokens;
-       t += int64_t{gridDim.y} * blockDim.y) {
-    const int64_t id = p.ids[t];
-    const T* const row = static_cast<const T*>(p.table) + id * p.hidden;
-    T* const y = static_cast<T*>(p.y) + t * p.hidden;
-    const bool valid = id >= 0 && id < p.vocab;
-    float v[kBatch][kVec] = {};
+/// A thread copies a word of kTokens rows: small blocks, in order, keep the places that memory
+/// works at close together. Zeros for an id that is out of range.
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(EmbeddingForward p, int words, unsigned across) {
+  const int column = static_cast<int>(blockIdx.x % across * kThreads + threadIdx.x);
+  const int64_t first = int64_t{blockIdx.x / across} * kTokens;
+  if (column >= words) return;
+  Word word[kTokens] = {};
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int64_t column = first + j * step;
-      if (valid && column < p.hidden) detail::load_n<kVec>(row + column, v[j]);
-    }
+  for (int j = 0; j < kTokens; ++j) {
+    const int64_t id = first + j < p.num_tokens ? p.ids[first + j] : -1;
+    if (id >= 0 && id < p.vocab) word[j] = static_cast<const Word*>(p.table)[id * words + column];
+  }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int64_t column = first + j * step;
-      if (column < p.hidden) detail::store_n<kVec>(y + column, v[j]);
-    }
+  for (int j = 0; j < kTokens; ++j) {
+    if (first + j >= p.num_tokens) continue;
+    static_cast<Word*>(p.y)[(first + j) * words + column] = word[j];
   }
 }
 
@@ -244,18 +241,14 @@ int64_t embedding_backward_scratch(int64_t num_tokens, int64_t vocab, int64_t hi
 
 void embedding_forward(const EmbeddingForward& p, Stream stream) {
   if (p.num_tokens == 0 || p.hidden == 0) return;
-  const cudaStream_t on = detail::cuda_stream(stream);
-  const bool vectorised =
-      p.hidden % kVector == 0 && detail::aligned16(p.table) && detail::aligned16(p.y);
-  const int64_t vectors = vectorised ? p.hidden / kVector : p.hidden;
-  const auto [grid, block] = detail::row_grid(p.num_tokens, (vectors + kBatch - 1) / kBatch);
-  detail::dispatch_float("embedding", p.dtype, [&, grid = grid, block = block](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (vectorised) {
-      forward_kernel<T, kVector><<<grid, block, 0, on>>>(p);
-    } else {
-      forward_kernel<T, 1><<<grid, block, 0, on>>>(p);
-    }
+  const int64_t row_bytes = p.hidden * size_of(p.dtype);
+  const bool aligned = detail::aligned16(p.table) && detail::aligned16(p.y);
+  detail::dispatch_word(row_bytes, aligned, [&](auto* type) {
+    using Word = std::remove_pointer_t<decltype(type)>;
+    const auto words = static_cast<int>(row_bytes / static_cast<int64_t>(sizeof(Word)));
+    const auto across = static_cast<unsigned>((words + kThreads - 1) / kThreads);
+    const auto blocks = static_cast<unsigned>((p.num_tokens + kTokens - 1) / kTokens) * across;
+    forward_kernel<Word><<<blocks, kThreads, 0, detail::cuda_stream(stream)>>>(p, words, across);
   });
   detail::check_launch("embedding");
 }

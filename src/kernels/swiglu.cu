@@ -3,8 +3,9 @@
 // The routing weight's gradient sums a row: there a block walks along one row. FP8 forms:
 // swiglu_fp8.cu.
 
+#include <algorithm>
+
 #include "kernels/detail/launch.cuh"
-#include "kernels/detail/row_grid.cuh"
 #include "kernels/detail/swiglu.cuh"
 #include "kernels/detail/swiglu_fp8.h"
 #include "kernels/detail/vector.cuh"
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(SwigluBackward p) {
       if (row >= p.num_tokens) break;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        detail::swiglu_gradient<T>(g[r][i], u[r][i], d[r][i], weight[r]);
+        float share = 0.0f;  // not wanted here
+        detail::swiglu_gradient<T>(g[r][i], u[r][i], d[r][i], weight[r], share);
       }
       T* dgate = static_cast<T*>(p.dgate_up) + row * 2 * p.intermediate + column;
       detail::store_n<kVec>(dgate, g[r]);
@@ -111,7 +113,9 @@ __global__ void __launch_bounds__(kThreads) weighted_backward_kernel(SwigluBackw
     detail::load_n<kVec>(gate + p.intermediate + c, u);
     detail::load_n<kVec>(dy + c, d);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) share += detail::swiglu_gradient<T>(g[i], u[i], d[i], weight);
+    for (int i = 0; i < kVec; ++i) {
+      detail::swiglu_gradient<T>(g[i], u[i], d[i], weight, share);
+    }
     detail::store_n<kVec>(dgate + c, g);
     detail::store_n<kVec>(dgate + p.intermediate + c, u);
   }
@@ -119,9 +123,19 @@ __global__ void __launch_bounds__(kThreads) weighted_backward_kernel(SwigluBackw
   if (threadIdx.x == 0) p.drow_weight[row] = share;
 }
 
-/// row_grid() for threads that take kRows rows each.
-detail::RowGrid two_row_grid(int64_t num_tokens, int64_t columns) {
-  return detail::row_grid((num_tokens + kRows - 1) / kRows, columns);
+/// A grid over (columns, rows) for threads that take kRows rows each and go round over more:
+/// threads along the columns first.
+struct RowGrid {
+  dim3 grid, block;
+};
+RowGrid row_grid(int64_t num_tokens, int64_t columns) {
+  unsigned width = 32;
+  while (width < 256 && width < columns) width *= 2;
+  const unsigned height = 256 / width;
+  const int64_t rows = (num_tokens + kRows - 1) / kRows;
+  const int64_t down = std::min<int64_t>((rows + height - 1) / height, 65535);
+  return {dim3(static_cast<unsigned>((columns + width - 1) / width), static_cast<unsigned>(down)),
+          dim3(width, height)};
 }
 
 }  // namespace
@@ -135,7 +149,7 @@ void swiglu_forward(const SwigluForward& p, Stream stream) {
   const bool vectorised =
       p.intermediate % kVector == 0 && detail::aligned16(p.gate_up) && detail::aligned16(p.y);
   const auto [grid, block] =
-      two_row_grid(p.num_tokens, vectorised ? p.intermediate / kVector : p.intermediate);
+      row_grid(p.num_tokens, vectorised ? p.intermediate / kVector : p.intermediate);
   detail::dispatch_float("swiglu", p.dtype, [&, grid = grid, block = block](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (vectorised) {
@@ -158,7 +172,7 @@ void swiglu_backward(const SwigluBackward& p, Stream stream) {
   const bool weighted = p.drow_weight != nullptr;
   if (p.intermediate == 0 && !weighted) return;
   const auto [grid, block] =
-      two_row_grid(p.num_tokens, vectorised ? p.intermediate / kVector : p.intermediate);
+      row_grid(p.num_tokens, vectorised ? p.intermediate / kVector : p.intermediate);
   const auto rows = static_cast<unsigned>(p.num_tokens);
   detail::dispatch_float("swiglu_backward", p.dtype, [&, grid = grid, block = block](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -1,6 +1,6 @@
 #pragma once
 
-// SwiGLU of one number, the same bits in every kernel: products are not joined with additions.
+// SwiGLU of one number, the same bits in every kernel: its products are not joined with additions.
 
 #include <cuda_bf16.h>
 
@@ -24,16 +24,15 @@ __device__ __forceinline__ float swiglu_value(float gate, float up, float row_we
   return __fmul_rn(__fmul_rn(__fmul_rn(gate, sigmoid<T>(gate)), up), row_weight);
 }
 
-/// Returns silu(gate) · up · dy, the row weight's share; replaces gate and up by their gradients.
+/// Adds silu(gate) · up · dy to the row weight's share; replaces gate and up by their gradients.
 template <typename T>
-__device__ __forceinline__ float swiglu_gradient(float& gate, float& up, float dy,
-                                                 float row_weight) {
+__device__ __forceinline__ void swiglu_gradient(float& gate, float& up, float dy, float row_weight,
+                                                float& share) {
   const float s = sigmoid<T>(gate), silu = __fmul_rn(gate, s);
   const float d = __fmul_rn(dy, row_weight);
-  const float share = __fmul_rn(__fmul_rn(silu, up), dy);
+  share = fmaf(__fmul_rn(silu, up), dy, share);
   gate = __fmul_rn(__fmul_rn(d, up), fmaf(silu, 1.0f - s, s));
   up = __fmul_rn(d, silu);
-  return share;
 }
 
 }  // namespace dsv3::kernels::cuda::detail
