@@ -287,13 +287,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-bool is_sm90() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
-}
-
 void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
   kernels::detail::raise_cuda("cross_entropy", "launch failed", cudaGetErrorString(error));
@@ -329,7 +322,7 @@ bool detail::cross_entropy_sm90(const CrossEntropy& p, cudaStream_t stream) {
   const bool bf16 = p.dtype == DType::kBF16;
   if (!bf16 && p.dtype != DType::kF32) return false;
   const auto plan = kernels::detail::cross_entropy_plan(p.vocab, size_of(p.dtype));
-  if (plan.blocks == 0 || !detail::aligned16(p.logits) || !is_sm90()) return false;
+  if (plan.blocks == 0 || !detail::aligned16(p.logits) || !detail::has_sm90()) return false;
   return bf16 ? launch<__nv_bfloat16>(p, plan, stream) : launch<float>(p, plan, stream);
 }
 

@@ -1,6 +1,6 @@
-// Dequantisation on the device: a block of 256 threads per 8×1024 numbers, or 128×128 of the
-// transposed form, all of its loads in flight before the first use (detail/fp8_tile.cuh). Bytes for
-// BF16: T·K read, 2·T·K written.
+// Dequantisation on the device: a block of 128 threads per 2×1024 numbers, or of 256 per 128×128
+// of the transposed form, all of its loads in flight before the first use (detail/fp8_tile.cuh).
+// Bytes for BF16: T·K read, 2·T·K written.
 
 #include "kernels/detail/fp8_strip.cuh"
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_row(T* y, const float (&v)[8], int64_t lef
   if constexpr (kVec) {
     detail::Packed<T> packed;
     packed.set(v);
-    if (left > 0) packed.store_once(y);
+    if (left > 0) packed.store(y);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -30,25 +30,24 @@ __device__ __forceinline__ void store_row(T* y, const float (&v)[8], int64_t lef
 
 /// kRows and kBlocks.
 template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads, 6) dequantize_kernel(Dequantize p) {
-  constexpr int kBand = detail::Strip::kBand;
+__global__ void __launch_bounds__(detail::Strip::kThreads) dequantize_kernel(Dequantize p) {
+  constexpr int kRows = detail::Strip::kRows;
   const detail::Strip strip(p.num_tokens, p.width);
-  if (strip.place.column0 >= p.width) return;  // the warp's
   const int rows = strip.rows();
-  const int64_t left = strip.place.columns_left(), row = strip.place.row0 + strip.first;
+  const int64_t left = strip.place.columns_left(), row = strip.place.row0;
   const int64_t offset = row * p.width + strip.place.column0 + 8 * detail::tile_octet();
-  TileValues<uint8_t, kBand> values;
+  TileValues<uint8_t, kRows> values;
   detail::load_share<kVec>(values, p.data + offset, p.width, rows, left);
-  // Of row octet mod kBand.
-  const int mine = detail::tile_octet() % kBand;
+  // Of row octet mod kRows.
+  const int mine = detail::tile_octet() % kRows;
   const float* from = p.tiling == Fp8Tiling::kRows
                           ? p.scales + strip.tile * p.scale_stride + row + mine
                           : p.scales + strip.place.row0 / kTile * p.scale_stride + strip.tile;
-  const float scale = strip.first + mine < strip.place.rows ? *from : 0.0f;
+  const float scale = mine < strip.place.rows ? *from : 0.0f;
   values.share_scales(scale);
   T* y = static_cast<T*>(p.y) + offset;
 #pragma unroll
-  for (int j = 0; j < kBand; ++j, y += p.width) {
+  for (int j = 0; j < kRows; ++j, y += p.width) {
     float v[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = values.at(j, e);
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads)
     uint4 part = make_uint4(0, 0, 0, 0);
     if (place.column0 + column < p.width) {
       const uint8_t* from = p.data + (place.column0 + column) * p.data_stride + row0 + 16 * pair;
-      part = __ldcs(reinterpret_cast<const uint4*>(from));
+      part = *reinterpret_cast<const uint4*>(from);
     }
     if (octet % 2 != 0) part = make_uint4(part.z, part.w, part.x, part.y);
     codes[column][detail::swizzle(column, pair)] = part;
@@ -119,9 +118,9 @@ void dequantize(const Dequantize& p, Stream stream) {
     } else if (columns) {
       dequantize_columns_kernel<T, false><<<grid, kTileThreads, 0, on>>>(p, across);
     } else if (vec) {
-      dequantize_kernel<T, true><<<strips, kTileThreads, 0, on>>>(p);
+      dequantize_kernel<T, true><<<strips, detail::Strip::kThreads, 0, on>>>(p);
     } else {
-      dequantize_kernel<T, false><<<strips, kTileThreads, 0, on>>>(p);
+      dequantize_kernel<T, false><<<strips, detail::Strip::kThreads, 0, on>>>(p);
     }
   });
   detail::check_launch("dequantize");

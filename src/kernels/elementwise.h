@@ -87,12 +87,12 @@ struct SwigluBackward {
   void* dgate_up;       // [T, 2I] contiguous; may be gate_up itself; may be null with an FP8 form
   const float* row_weight = nullptr;  // [T], as in forward
   float* drow_weight = nullptr;       // [T], may be null
-  float* scratch =
-      nullptr;  // swiglu_backward_scratch() floats, used for drow_weight with an FP8 form
+  float* scratch = nullptr;           // swiglu_backward_scratch() floats, with an FP8 form
   ScaleRule rule = {};
   Fp8Rows rows = {};        // dgate_up [T, 2I] in 1×128 tiles, may be empty
   Fp8Columns columns = {};  // its transpose [2I, Tp] in 128×1 tiles, may be empty
 };
+/// A row's shares of drow_weight, one for each 128 columns, and a count of the tiles given out.
 int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate);
 
 /// y[t] = table[ids[t]].

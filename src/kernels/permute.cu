@@ -3,7 +3,8 @@
 // A block per token, or a few narrow ones; threads along D in 16-byte steps, so that a token's row
 // is read once and its K rows are in flight together. FP8's scales go by rows of the output:
 // written from the tokens' blocks, every 4 bytes of them would touch a sector of the L2 cache. Few
-// scales are gathered by the first blocks, beside the rows; many in a kernel of their own. Bytes
+// scales are gathered by the first blocks, beside the rows; many in a kernel of their own, which
+// the rows' kernel does not wait for. Bytes
 // moved at T tokens, K choices, D hidden of BF16: 2·T·D·(1 + K); at 16,384 x 7168, K = 8: 2.1 GB.
 // Memory bound.
 
@@ -13,6 +14,7 @@
 #include "kernels/detail/expert_rows.cuh"
 #include "kernels/detail/launch.cuh"
 #include "kernels/detail/permutation.h"
+#include "kernels/detail/ptx.cuh"
 #include "kernels/detail/vector.cuh"
 #include "kernels/routing.h"
 
@@ -80,6 +82,7 @@ __device__ __forceinline__ void gather_scales(const PermuteForward& p, int64_t n
 __global__ void __launch_bounds__(kStageThreads)
     stage_scales_kernel(PermuteForward p, int64_t num_rows) {
   extern __shared__ float4 staged[];
+  detail::ptx::let_second_begin();
   const int64_t first = int64_t{blockIdx.x} * kStageThreads * kStageRows + threadIdx.x;
   Source source[kStageRows];
 #pragma unroll
@@ -132,7 +135,7 @@ template <int kWords, bool kScales>
 inline constexpr int kBlocksAtOnce = kWords > 2 || kScales ? 6 : 8;
 
 /// Threads (along D, tokens). Copies x[t] to its K rows; the first blocks gather `scale_rows` rows'
-/// scales.
+/// scales. The last one ends after stage_scales_kernel, where that ran before.
 template <typename Word, int kWords, bool kScales>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<kWords, kScales>)
     permute_kernel(PermuteForward p, int words, unsigned scale_blocks, int64_t scale_rows) {
@@ -140,6 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<kWords, kScales>)
   if constexpr (kScales) {
     if (blockIdx.x < scale_blocks) return gather_scales(p, scale_rows);
   }
+  if (blockIdx.x == gridDim.x - 1) detail::ptx::wait_for_first();
   __shared__ int rows[kMostTokens][kMaxChoices];
   const int num_choices = p.num_experts_per_token;
   const int64_t token = int64_t{blockIdx.x - scale_blocks} * blockDim.y + threadIdx.y;
@@ -197,9 +201,11 @@ void stage_scales(const PermuteForward& p, dim3 grid, int64_t num_rows, cudaStre
   stage_scales_kernel<<<grid, kStageThreads, static_cast<size_t>(shared), stream>>>(p, num_rows);
 }
 
-/// With `scale_rows` > 0 the scales of so many rows are gathered too.
+/// With `scale_rows` > 0 the scales of so many rows are gathered too; `staged`: a kernel for them
+/// was launched just before.
 template <typename Word>
-void launch_rows(const PermuteForward& p, int words, int64_t scale_rows, cudaStream_t stream) {
+void launch_rows(const PermuteForward& p, int words, int64_t scale_rows, bool staged,
+                 cudaStream_t stream) {
   const int threads = detail::threads_for((words + 1) / 2);  // two words at least, where there are
   const int tokens = kMaxThreads / threads;
   const int64_t per_block = int64_t{threads} * tokens * kGatherRows;
@@ -213,7 +219,11 @@ void launch_rows(const PermuteForward& p, int words, int64_t scale_rows, cudaStr
   };
   auto* const kernel = words <= 2 * threads ? pick(std::integral_constant<int, 2>())
                                             : pick(std::integral_constant<int, 4>());
-  kernel<<<blocks, block, 0, stream>>>(p, words, scale_blocks, scale_rows);
+  if (staged) {
+    detail::launch_second(kernel, blocks, block, stream, p, words, scale_blocks, scale_rows);
+  } else {
+    kernel<<<blocks, block, 0, stream>>>(p, words, scale_blocks, scale_rows);
+  }
 }
 
 }  // namespace
@@ -227,16 +237,16 @@ void permute_forward(const PermuteForward& p, Stream stream) {
   const auto cuda = detail::cuda_stream(stream);
   const dim3 staged = p.num_scales > 0 ? stage_grid(p, num_rows) : dim3(0);
   const int64_t gathered = p.num_scales > 0 && staged.x == 0 ? num_rows : 0;
+  if (staged.x > 0) stage_scales(p, staged, num_rows, cuda);
   const bool aligned = detail::aligned16(p.x) && detail::aligned16(p.y);
   detail::dispatch_word(row_bytes, aligned, [&](auto* type) {
     using Word = std::remove_pointer_t<decltype(type)>;
     const auto words = static_cast<int>(row_bytes / static_cast<int64_t>(sizeof(Word)));
-    launch_rows<Word>(p, words, gathered, cuda);
+    launch_rows<Word>(p, words, gathered, staged.x > 0, cuda);
   });
   if (p.num_rows > num_choices) {
     detail::clear_padding(p.y, p.choice_of, p.num_rows, row_bytes, cuda);
   }
-  if (staged.x > 0) stage_scales(p, staged, num_rows, cuda);
   detail::check_launch("permute");
 }
 

@@ -1,7 +1,8 @@
-// FP8 tiles on the device: a block of 256 threads per 128×128 numbers, or 8×1024 where rows alone
-// are wanted, all of its loads in flight before the first use (detail/fp8_tile.cuh). Bytes for
-// BF16: 2·T·K read once, T·K written per form; re-quantisation T·K and T·K. With groups every block
-// looks up its own: the ends of up to 1024 groups, scanned by one warp.
+// FP8 tiles on the device: a block of 256 threads per 128×128 numbers, or 128 threads per 2×1024
+// where rows alone are wanted, all of its loads in flight before the first use
+// (detail/fp8_tile.cuh). Bytes for BF16: 2·T·K read once, T·K written per form; re-quantisation T·K
+// and T·K. With groups every block looks up its own: the ends of up to 1024 groups, scanned by one
+// warp.
 
 #include "kernels/detail/fp8_strip.cuh"
 
@@ -95,31 +96,64 @@ template <typename T>
 inline constexpr bool kBothAtOnce = !std::is_same_v<T, uint8_t>;
 
 struct TileGrid {
-  unsigned across;  // tiles of a row
-  int64_t padded;   // tokens of the transposed form
+  unsigned across, down;  // tiles
+  int64_t padded;         // tokens of the transposed form
+  unsigned ahead;         // tiles from a block's own to the one that it asks the cache for
+
+  bool down_first;  // in which order blocks take them
+
+  /// Row and column of tile `number`. Blocks that run at one time should write neighbouring pieces
+  /// of memory: of rows, or of rows of the transposed form where it is written alone (1 and 2 % on
+  /// an H200, where both forms lose 3 by it).
+  __device__ __forceinline__ uint2 tile(unsigned number) const {
+    return down_first ? make_uint2(number % down, number / down)
+                      : make_uint2(number / across, number % across);
+  }
 };
+
+/// How far ahead blocks ask the L2 cache for tiles, so that memory works while blocks reduce and
+/// transpose: with a quarter of it, or twice as much, most of the gain (3 to 9 %) is lost.
+constexpr int64_t kBytesAhead = 32 * 1024;  // of a multiprocessor
 
 /// A thread's share of a tile, in memory.
 template <typename T>
 struct Share {
   const T* x = nullptr;
+  int64_t row = 0;     // its first
   int rows = 0;        // that exist: ≤ 0 = none, ≥ kTileBand = all
   float scale = 0.0f;  // of codes: of row octet mod kTileBand
   TilePlace place = {};
+
+  /// Asks for a later tile: a lane for a line or two of the rows of its 16; with groups perhaps a
+  /// few rows beside it.
+  __device__ __forceinline__ void ask_ahead(const QuantizeTiles& p, const TileGrid& grid) const {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(T));  // numbers of a line
+    const int mine = detail::tile_octet() % kTileBand;
+    const uint2 tile = grid.tile(blockIdx.x + grid.ahead);
+    const int64_t at = row + int64_t{tile.x} * kTile - place.row0 + mine;
+    if (at < 0 || at >= p.num_tokens) return;
+    const int64_t column = int64_t{tile.y} * kTile;
+    const T* later = static_cast<const T*>(p.x) + at * p.x_stride + column;
+#pragma unroll
+    for (int i = detail::tile_octet() / kTileBand; i < kTile / kLine; i += 16 / kTileBand) {
+      if (column + i * kLine < p.width) detail::ptx::prefetch(later + i * kLine);
+    }
+  }
 };
 
 template <typename T>
 __device__ __forceinline__ Share<T> share_of(const QuantizeTiles& p, const TileGrid& grid) {
-  const int64_t row = blockIdx.x / grid.across;
-  const TileRows rows = find_rows(p, row);
+  const uint2 tile = grid.tile(blockIdx.x);
+  const TileRows rows = find_rows(p, tile.x);
   Share<T> share;
-  share.place = {.row0 = row * kTile,
-                 .column0 = int64_t{blockIdx.x % grid.across} * kTile,
+  share.place = {.row0 = int64_t{tile.x} * kTile,
+                 .column0 = int64_t{tile.y} * kTile,
                  .rows = p.groups.num_groups == 0 ? rows.valid : kTile,
                  .width = p.width};
   const int first = detail::tile_first_row();
+  share.row = rows.source + first;
   share.rows = share.place.columns_left() > 0 ? rows.valid - first : 0;
-  share.x = static_cast<const T*>(p.x) + (rows.source + first) * p.x_stride + share.place.column0 +
+  share.x = static_cast<const T*>(p.x) + share.row * p.x_stride + share.place.column0 +
             8 * detail::tile_octet();
   if constexpr (std::is_same_v<T, uint8_t>) {
     const int mine = detail::tile_octet() % kTileBand;
@@ -137,6 +171,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kVec>)
   TileValues<T> values;
   detail::load_share<kVec>(values, share.x, p.x_stride, share.rows,
                            kVec ? 8 : share.place.columns_left());
+  share.ask_ahead(p, grid);
   if constexpr (std::is_same_v<T, uint8_t>) values.share_scales(share.scale);
   __shared__ std::conditional_t<kColumns, detail::ColumnShared, char> shared;
   if constexpr (kColumns) shared.prepare();
@@ -150,15 +185,13 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kVec>)
 
 /// Rows alone, without groups.
 template <typename T, bool kVec>
-__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 3 : 6)
-    rows_kernel(QuantizeTiles p) {
+__global__ void __launch_bounds__(detail::Strip::kThreads) rows_kernel(QuantizeTiles p) {
   const detail::Strip strip(p.num_tokens, p.width);
-  if (strip.place.column0 >= p.width) return;  // the warp's
-  const T* x = static_cast<const T*>(p.x) + (strip.place.row0 + strip.first) * p.x_stride +
-               strip.place.column0 + 8 * detail::tile_octet();
-  TileValues<T, detail::Strip::kBand> values;
+  const T* x = static_cast<const T*>(p.x) + strip.place.row0 * p.x_stride + strip.place.column0 +
+               8 * detail::tile_octet();
+  TileValues<T, detail::Strip::kRows> values;
   detail::load_share<kVec>(values, x, p.x_stride, strip.rows(), strip.place.columns_left());
-  detail::emit_rows<kVec>(values, p.rows, p.rule, strip.place, strip.first);
+  detail::emit_rows<kVec>(values, p.rows, p.rule, strip.place, 0);
 }
 
 template <typename T, bool kVec>
@@ -230,27 +263,34 @@ void quantize_tiles(const QuantizeTiles& p, Stream stream) {
   const int64_t rows = grouped ? p.groups.padded_rows : p.num_tokens;
   if (rows == 0 || p.width == 0) return;
   const unsigned tiles = tile_grid("quantize_tiles", rows, p.width);
-  const TileGrid grid{.across = tiles_of(p.width), .padded = int64_t{tiles_of(rows)} * kTile};
+  const int64_t tile_bytes = int64_t{kTile} * kTile * size_of(p.dtype);
+  TileGrid grid{
+      .across = tiles_of(p.width),
+      .down = tiles_of(rows),
+      .padded = int64_t{tiles_of(rows)} * kTile,
+      .ahead = static_cast<unsigned>(detail::multiprocessors() * kBytesAhead / tile_bytes),
+      .down_first = false};
+  const bool has_rows = p.rows.data != nullptr, has_columns = p.columns.data != nullptr;
+  const cudaStream_t on = detail::cuda_stream(stream);
   dispatch_source("quantize_tiles", p.dtype, vectorised(p.width, p.x_stride, p.x, p.rows.data),
                   [&](auto* type, auto vec) {
                     using T = std::remove_pointer_t<decltype(type)>;
                     constexpr bool kVec = decltype(vec)::value;
-                    const cudaStream_t on = detail::cuda_stream(stream);
                     if constexpr (!std::is_same_v<T, uint8_t>) {
-                      if (p.columns.data == nullptr && !grouped) {
+                      if (!has_columns && !grouped) {
                         const auto strips = detail::strip_grid("quantize_tiles", rows, p.width);
-                        rows_kernel<T, kVec><<<strips, kTileThreads, 0, on>>>(p);
+                        rows_kernel<T, kVec><<<strips, detail::Strip::kThreads, 0, on>>>(p);
                         return;
                       }
                     }
-                    const auto launch = [&](auto columns) {
-                      tiles_kernel<T, kVec, decltype(columns)::value>
-                          <<<tiles, kTileThreads, 0, on>>>(p, grid);
-                    };
-                    const bool columns = p.columns.data != nullptr;
-                    if (columns) launch(std::true_type());
-                    if (p.rows.data != nullptr && !(columns && kBothAtOnce<T>)) {
-                      launch(std::false_type());
+                    const bool both = has_rows && has_columns && kBothAtOnce<T>;
+                    if (has_columns) {
+                      grid.down_first = !both;
+                      tiles_kernel<T, kVec, true><<<tiles, kTileThreads, 0, on>>>(p, grid);
+                    }
+                    if (has_rows && !both) {
+                      grid.down_first = false;
+                      tiles_kernel<T, kVec, false><<<tiles, kTileThreads, 0, on>>>(p, grid);
                     }
                   });
   detail::check_launch("quantize_tiles");

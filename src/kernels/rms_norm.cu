@@ -96,7 +96,7 @@ __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int6
 
 template <typename T, typename Rows, bool kSecond>
 __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
-    backward_kernel(RmsNormBackward p, int64_t partials, int stages) {
+    backward_kernel(RmsNormBackward p, int64_t partials, int stages, int64_t rows_of_block) {
   // A thread's own words of the rows that are on their way. Copies that skip the registers are slow
   // where the first of them does not stand at a multiple of 128 bytes.
   extern __shared__ __align__(128) uint4 ring[];
@@ -110,11 +110,14 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
   const bool has_dsum = p.dsum != nullptr;
   const uint32_t stage_bytes = (kDsum + has_dsum) * kVectors * kWords * kThreads * 16;
   const uint32_t ring_begin = detail::ptx::shared_address(ring) + threadIdx.x * 16;
-  const int64_t step = int64_t{gridDim.x} * Rows::kRows;
+  // With a second norm a block has neighbouring rows, else every gridDim.x-th of them.
+  const int64_t step = kSecond ? Rows::kRows : int64_t{gridDim.x} * Rows::kRows;
+  const int64_t begin = blockIdx.x * (kSecond ? rows_of_block : Rows::kRows);
+  const int64_t end = kSecond ? min(begin + rows_of_block, p.num_tokens) : p.num_tokens;
   // Asks for this thread's words of a row, which may not exist, to the stage at `to`.
   const auto ask = [&](int64_t first, uint32_t to) {
     const int64_t row = first + threadIdx.x / Rows::kGroup;
-    if (row < p.num_tokens) {
+    if (row < end) {
       const auto copy = [&](const T* from, int matrix) {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
     }
     detail::ptx::async_commit();
   };
-  int64_t ahead = int64_t{blockIdx.x} * Rows::kRows;
+  int64_t ahead = begin;
   for (int s = 0; s < stages; ++s, ahead += step) ask(ahead, ring_begin + s * stage_bytes);
   const auto load_weight = [&](Packed<T>& to, const void* from, int i) {
     const int c = lane + i * Rows::kGroup;
@@ -150,10 +153,9 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
   float dw[kVectors][kVector] = {}, dw2[kSecond ? kVectors : 1][kVector] = {};
   int turn = 0, stage = 0;
   // Whole blocks go round together: row_sums is a barrier.
-  for (int64_t first = int64_t{blockIdx.x} * Rows::kRows; first < p.num_tokens;
-       first += kCount * step, turn ^= 1) {
+  for (int64_t first = begin; first < end; first += kCount * step, turn ^= 1) {
     const int64_t row0 = first + threadIdx.x / Rows::kGroup;
-    const auto active = [&](int a) { return row0 + a * step < p.num_tokens; };
+    const auto active = [&](int a) { return row0 + a * step < end; };
     float inv_rms[kCount], dot[kCount];
 #pragma unroll
     for (int a = 0; a < kCount; ++a) inv_rms[a] = active(a) ? p.inv_rms[row0 + a * step] : 0.0f;
@@ -236,6 +238,7 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
     }
     stage = stage_of(kCount);
   }
+  detail::ptx::let_second_begin();
   detail::ptx::async_wait<0>();
   float* shares = reinterpret_cast<float*>(ring);
   if (p.dweight != nullptr) store_partial<Rows>(p.scratch, p.hidden, shares, dw);
@@ -246,15 +249,29 @@ __global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kSecond>)
   }
 }
 
-/// dweight[d] += Σ partials[b, d] in a fixed order: a block has 8 columns, whole sectors of memory,
-/// and all reads of a thread are in flight together.
+/// The sum of one weight's partial sums.
+template <typename G>
+struct WeightSum {
+  const float* partials;  // [blocks, D]
+  G* dweight;             // [D]
+};
+/// Those of an operator, at most two.
+template <typename G>
+struct WeightSums {
+  WeightSum<G> of[2];
+};
+
+/// dweight[d] += Σ partials[b, d] in a fixed order, for sum blockIdx.y: a block has 8 columns,
+/// whole sectors of memory, and all reads of a thread are in flight together.
 template <typename G>
 __global__ void __launch_bounds__(kSumThreads)
-    add_partials_kernel(const float* partials, int64_t blocks, int64_t hidden, G* dweight) {
+    add_partials_kernel(WeightSums<G> sums, int64_t blocks, int64_t hidden) {
   __shared__ float shares[kSumThreads / kWarp][kSumColumns];
   constexpr int kRows = kSumThreads / kSumColumns;
   const int column = threadIdx.x % kSumColumns;
   const int64_t d = int64_t{blockIdx.x} * kSumColumns + column;
+  const auto [partials, dweight] = sums.of[blockIdx.y];
+  detail::ptx::wait_for_first();
   float sum = 0.0f;
   if (d < hidden) {
 #pragma unroll 9
@@ -275,15 +292,21 @@ __global__ void __launch_bounds__(kSumThreads)
   dweight[d] = detail::from_float<G>(detail::to_float(dweight[d]) + sum);
 }
 
-/// `partials` [blocks, D], to the gradient that they belong to (may be null).
-void add_partials(const RmsNormBackward& p, const float* partials, int64_t blocks, void* dweight,
-                  cudaStream_t stream) {
-  if (dweight == nullptr) return;
-  const auto grid = static_cast<unsigned>((p.hidden + kSumColumns - 1) / kSumColumns);
+/// The partial sums of `blocks` blocks, `partials` of them kept, to the gradients that are wanted.
+void add_partials(const RmsNormBackward& p, int64_t partials, int64_t blocks, cudaStream_t stream) {
   detail::dispatch_float("rms_norm_backward", p.dweight_dtype, [&](auto* type) {
     using G = std::remove_pointer_t<decltype(type)>;
-    add_partials_kernel<<<grid, kSumThreads, 0, stream>>>(partials, blocks, p.hidden,
-                                                          static_cast<G*>(dweight));
+    WeightSums<G> sums{};
+    unsigned count = 0;
+    const auto add = [&](const float* from, void* dweight) {
+      if (dweight != nullptr) sums.of[count++] = {from, static_cast<G*>(dweight)};
+    };
+    add(p.scratch, p.dweight);
+    add(p.scratch + partials * p.hidden, p.second_dweight);
+    if (count == 0) return;
+    const dim3 grid(static_cast<unsigned>((p.hidden + kSumColumns - 1) / kSumColumns), count);
+    detail::launch_second(add_partials_kernel<G>, grid, kSumThreads, stream, sums, blocks,
+                          p.hidden);
   });
   detail::check_launch("rms_norm_backward (weight)");
 }
@@ -325,8 +348,10 @@ int64_t launch_vectorised(const RmsNormBackward& p, int64_t partials, cudaStream
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     blocks = std::min(partials, kMultiprocessors * kBlocks<T, Rows, kSecond>);
-    kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(p, partials,
-                                                                                    stages);
+    const int64_t all = blocks * Rows::kRows;
+    const int64_t rows_of_block = (p.num_tokens + all - 1) / all * Rows::kRows;
+    kernel<<<static_cast<unsigned>(blocks), Rows::kThreads, shared_bytes, stream>>>(
+        p, partials, stages, rows_of_block);
   });
   return blocks;
 }
@@ -354,8 +379,7 @@ void rms_norm_backward(const RmsNormBackward& p, Stream stream) {
     }
   });
   detail::check_launch("rms_norm_backward");
-  add_partials(p, p.scratch, blocks, p.dweight, on);
-  add_partials(p, p.scratch + partials * p.hidden, blocks, p.second_dweight, on);
+  add_partials(p, partials, blocks, on);
 }
 
 }  // namespace dsv3::kernels::cuda

@@ -1,4 +1,4 @@
-// RMSNorm's forward on the device: a group of 32 … 1024 threads holds a row in registers (up to 32
+// RMSNorm's forward on the device: a group of 16 … 1024 threads holds a row in registers (up to 32
 // elements a thread), all loads of x and residual in flight before the first use, so each row is
 // read once and written once: 4·T·D bytes in BF16, 8·T·D with a residual, 3·T·D where only FP8
 // leaves (a tile of 128 is 16 neighbouring lanes). Widths that are not multiples of 8, unaligned
@@ -11,12 +11,14 @@
 namespace dsv3::kernels::cuda {
 namespace {
 
-using detail::kRowVectors;
 using detail::kVector;
 using detail::kWarp;
 using detail::Packed;
 
 constexpr int kScalarThreads = 256;
+/// Of eight elements, a thread's. Note: one number for all forms, which share the sum's order and
+/// so their bits.
+constexpr int kVectors = 4;
 
 /// kExtra: a second norm, FP8, or both. kFull: every vector of every thread exists, which saves the
 /// questions; only FP8, bound by its instructions, is the faster for it.
@@ -28,21 +30,21 @@ __global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward 
   const int64_t row = int64_t{blockIdx.x} * Rows::kRows + threadIdx.x / kGroup;
   const bool active = kFull || row < p.num_tokens;
   int vectors = active ? static_cast<int>(p.hidden / kVector) : 0;
-  if constexpr (kFull) vectors = kRowVectors * kGroup;
+  if constexpr (kFull) vectors = kVectors * kGroup;
   // Calls fn(i, offset from the row's begin) for the vectors of this thread that exist.
   const auto each = [&](auto&& fn) {
 #pragma unroll
-    for (int i = 0; i < kRowVectors; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       if (lane + i * kGroup < vectors) fn(i, (lane + i * kGroup) * kVector);
     }
   };
-  Packed<T> v[kRowVectors], other[kRowVectors];  // other: the residual, then y
+  Packed<T> v[kVectors], other[kVectors];  // other: the residual, then y
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) v[i].clear(), other[i].clear();
+  for (int i = 0; i < kVectors; ++i) v[i].clear(), other[i].clear();
   each([&](int i, int d) {
-    v[i].load_once(static_cast<const T*>(p.x) + row * p.x_stride + d);
+    v[i].load(static_cast<const T*>(p.x) + row * p.x_stride + d);
     if constexpr (kResidual) {
-      other[i].load_once(static_cast<const T*>(p.residual) + row * p.hidden + d);
+      other[i].load(static_cast<const T*>(p.residual) + row * p.hidden + d);
     }
   });
   if constexpr (kResidual) {
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward 
   } else {
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kRowVectors; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
     }
@@ -154,14 +156,14 @@ __global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormF
 
 template <typename T, bool kExtra>
 bool launch_vectorised(const RmsNormForward& p, cudaStream_t stream) {
-  return detail::dispatch_rows(p.hidden / kVector, kRowVectors, [&](auto rows) {
+  return detail::dispatch_rows(p.hidden / kVector, kVectors, [&](auto rows) {
     using Rows = decltype(rows);
     const auto grid = static_cast<unsigned>((p.num_tokens + Rows::kRows - 1) / Rows::kRows);
     const auto launch = [&](auto residual, auto full) {
       forward_kernel<T, Rows, decltype(residual)::value, kExtra, decltype(full)::value>
           <<<grid, Rows::kThreads, 0, stream>>>(p);
     };
-    constexpr int64_t kWidth = int64_t{kRowVectors} * kVector * Rows::kGroup;
+    constexpr int64_t kWidth = int64_t{kVectors} * kVector * Rows::kGroup;
     const bool full = p.hidden == kWidth && p.num_tokens % Rows::kRows == 0;
     using Full = std::bool_constant<kExtra>;
     if (p.residual != nullptr) {

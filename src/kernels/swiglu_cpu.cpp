@@ -10,7 +10,7 @@
 namespace dsv3::kernels {
 
 int64_t swiglu_backward_scratch(int64_t num_tokens, int64_t intermediate) {
-  return (intermediate + kFp8Tile - 1) / kFp8Tile * num_tokens;
+  return (intermediate + kFp8Tile - 1) / kFp8Tile * num_tokens + 1;
 }
 
 namespace cpu {

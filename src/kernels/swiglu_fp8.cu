@@ -1,8 +1,9 @@
 // SwiGLU whose results leave in FP8 tiles, in one or both orientations, with one read of its
-// inputs: 512 threads per 128×128 results (detail/fp8_tile.cuh), the next ones' inputs on their way
-// meanwhile (detail/tile_ring.cuh). Results are rounded to the dtype before they are quantised: the
-// bits are those of the plain kernel and quantize_tiles in turn. Bytes in BF16 with both forms:
-// forward 4·T·I read, 2·T·I written; backward 6·T·I read, 4·T·I written.
+// inputs: 512 threads per 128×128 results (detail/fp8_tile.cuh). Backward, bound by its arithmetic,
+// has the next tile's inputs on their way meanwhile (detail/tile_ring.cuh). Results are rounded to
+// the dtype before they are quantised: the bits are those of the plain kernel and quantize_tiles in
+// turn. Bytes in BF16 with both forms: forward 4·T·I read, 2·T·I written; backward 6·T·I read,
+// 4·T·I written.
 
 #include "kernels/detail/swiglu.cuh"
 #include "kernels/detail/swiglu_fp8.h"
@@ -15,8 +16,18 @@ constexpr int kBand = 4;  // rows of a thread: its inputs leave no registers for
 constexpr int kThreads = 16 * kTile / kBand;
 
 struct Tiling {
-  unsigned across, tiles;  // tiles of a row of results, and all
-  int64_t padded;          // tokens of the transposed form
+  unsigned across, down;       // tiles of results
+  int64_t padded;              // tokens of the transposed form
+  unsigned* ticket = nullptr;  // how many tiles beyond two of each block were given out
+};
+
+/// A tile of results, by its number.
+struct Tile {
+  unsigned row, column;
+
+  __device__ __forceinline__ Tile(const Tiling& tiling, unsigned number)
+      : row(number / tiling.across), column(number % tiling.across) {}
+  __device__ __forceinline__ explicit Tile(uint2 at) : row(at.x), column(at.y) {}
 };
 
 /// A thread's share of a tile of `width` columns.
@@ -26,10 +37,9 @@ struct Share {
   int rows;               // that exist, ≤ kBand or more
   int64_t columns;        // that exist; ≤ 0 = none
 
-  __device__ __forceinline__ Share(const Tiling& tiling, unsigned tile, int64_t num_tokens,
-                                   int64_t width)
-      : row0(int64_t{tile / tiling.across} * kTile),
-        column0(int64_t{tile % tiling.across} * kTile),
+  __device__ __forceinline__ Share(const Tile& at, int64_t num_tokens, int64_t width)
+      : row0(int64_t{at.row} * kTile),
+        column0(int64_t{at.column} * kTile),
         first(tile_first_row<kBand>()),
         rows(static_cast<int>(min(num_tokens - row0 - first, int64_t{kTile}))),
         columns(width - column0 - 8 * tile_octet()) {}
@@ -68,59 +78,86 @@ __device__ __forceinline__ void store_values(const TileValues<T, kBand>& values,
   }
 }
 
-/// A thread's share of what a kernel reads: gate and up of [T, 2I], and with kMatrices = 3 dy of
-/// [T, I]. With kRing the rows of the next tile are asked for as this one's are used; without, all
-/// loads are in flight before the first use. In order: prepare(), then for each tile begin(),
-/// take() and ask() for each row, end().
-template <typename T, int kMatrices, bool kVec, bool kRing>
+/// A block per tile.
+template <typename T, bool kVec, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kVec && sizeof(T) == 2 ? 2 : 1)
+    forward_kernel(SwigluForward p, Tiling tiling) {
+  __shared__ std::conditional_t<kColumns, ColumnShared, char> shared;
+  const Share share(Tile(tiling, blockIdx.x), p.num_tokens, p.intermediate);
+  const float weight = share.weight(p.row_weight);
+  if constexpr (kColumns) shared.prepare();
+  TileValues<T, kBand> values, up;
+  const T* gate = static_cast<const T*>(p.gate_up) + share.offset(2 * p.intermediate);
+#pragma unroll
+  for (int j = 0; j < kBand; ++j, gate += 2 * p.intermediate) {
+    const int64_t columns = j < share.rows ? share.columns : 0;
+    values.template load<kVec>(j, gate, columns);
+    up.template load<kVec>(j, gate + p.intermediate, columns);
+  }
+#pragma unroll
+  for (int j = 0; j < kBand; ++j) {
+    const float row_weight = __shfl_sync(kFullMask, weight, j, kBand);
+    float y[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) y[e] = swiglu_value<T>(values.at(j, e), up.at(j, e), row_weight);
+    values.set(j, y);
+  }
+  const TilePlace place = share.place(p.intermediate);
+  if (p.y != nullptr) store_values<kVec>(values, static_cast<T*>(p.y), place);
+  if (p.rows.data != nullptr) emit_rows<kVec>(values, p.rows, p.rule, place);
+  if constexpr (kColumns) emit_columns(values, p.columns, p.rule, place, tiling.padded, shared);
+}
+
+/// A thread's share of what backward reads: gate and up of [T, 2I] and dy of [T, I]. With kRing the
+/// rows of the next tile are asked for as this one's are used; without, all loads are in flight
+/// before the first use. In order: prepare(), then for each tile begin(), take() and ask() for each
+/// row, end().
+template <typename T, bool kVec, bool kRing>
 class Inputs {
  public:
-  TileValues<T, kBand> values[kMatrices];
+  TileValues<T, kBand> gate, up, d;
 
-  __device__ __forceinline__ Inputs(void* ring, const Tiling& tiling, int64_t num_tokens,
-                                    const void* gate_up, const void* dy, int64_t intermediate)
+  __device__ __forceinline__ Inputs(void* ring, const SwigluBackward& p)
       : ring_(ring),
-        tiling_(tiling),
-        num_tokens_(num_tokens),
-        gate_up_(static_cast<const T*>(gate_up)),
-        dy_(static_cast<const T*>(dy)),
-        intermediate_(intermediate) {}
+        p_(p),
+        gate_up_(static_cast<const T*>(p.gate_up)),
+        dy_(static_cast<const T*>(p.dy)) {}
 
-  __device__ __forceinline__ Share share_of(unsigned tile) const {
-    return Share(tiling_, tile, num_tokens_, intermediate_);
-  }
-  __device__ __forceinline__ void prepare(unsigned first) {
+  __device__ __forceinline__ void prepare(const Share& share) {
     if constexpr (!kRing) return;
-    aim(share_of(first), true);
+    aim(share, true);
 #pragma unroll
     for (int j = 0; j < kBand; ++j) ask(j);
     end();
   }
   /// `next`: the tile after the share's, which may not exist.
-  __device__ __forceinline__ void begin(const Share& share, unsigned next) {
+  __device__ __forceinline__ void begin(const Share& share, const Share& next, bool exists) {
     if constexpr (kRing) {
-      aim(share_of(min(next, tiling_.tiles - 1)), next < tiling_.tiles);
+      aim(next, exists);
       ptx::async_wait<0>();
     } else {
-      load(share);
+      const T* from = gate_up_ + share.offset(2 * p_.intermediate);
+      load_share<kVec>(gate, from, 2 * p_.intermediate, share.rows, share.columns);
+      load_share<kVec>(up, from + p_.intermediate, 2 * p_.intermediate, share.rows, share.columns);
+      load_share<kVec>(d, dy_ + share.offset(p_.intermediate), p_.intermediate, share.rows,
+                       share.columns);
     }
   }
   __device__ __forceinline__ void take(int j) {
     if constexpr (kRing) {
-#pragma unroll
-      for (int m = 0; m < kMatrices; ++m) values[m].take(j, ring_.word(m, j));
+      gate.take(j, ring_.word(0, j));
+      up.take(j, ring_.word(1, j));
+      d.take(j, ring_.word(2, j));
     }
   }
   __device__ __forceinline__ void ask(int j) {
     if constexpr (kRing) {
       const bool exists = j < rows_;
-      ring_.ask(0, j, gate_, exists);
-      ring_.ask(1, j, gate_ + intermediate_, exists);
-      gate_ += 2 * intermediate_;
-      if constexpr (kMatrices == 3) {
-        ring_.ask(2, j, d_, exists);
-        d_ += intermediate_;
-      }
+      ring_.ask(0, j, next_, exists);
+      ring_.ask(1, j, next_ + p_.intermediate, exists);
+      ring_.ask(2, j, next_d_, exists);
+      next_ += 2 * p_.intermediate;
+      next_d_ += p_.intermediate;
     }
   }
   __device__ __forceinline__ void end() {
@@ -129,81 +166,51 @@ class Inputs {
 
  private:
   __device__ __forceinline__ void aim(const Share& share, bool exists) {
-    gate_ = gate_up_ + share.offset(2 * intermediate_);
-    if constexpr (kMatrices == 3) d_ = dy_ + share.offset(intermediate_);
+    next_ = gate_up_ + share.offset(2 * p_.intermediate);
+    next_d_ = dy_ + share.offset(p_.intermediate);
     rows_ = exists && share.columns > 0 ? share.rows : 0;
   }
-  __device__ __forceinline__ void load(const Share& share) {
-    const T* gate = gate_up_ + share.offset(2 * intermediate_);
-    const T* d = dy_ + share.offset(intermediate_);
-#pragma unroll
-    for (int j = 0; j < kBand; ++j) {
-      const int64_t columns = j < share.rows ? share.columns : 0;
-      values[0].template load<kVec>(j, gate, columns);
-      values[1].template load<kVec>(j, gate + intermediate_, columns);
-      gate += 2 * intermediate_;
-      if constexpr (kMatrices == 3) {
-        values[2].template load<kVec>(j, d, columns);
-        d += intermediate_;
-      }
-    }
-  }
 
-  TileRing<kBand, kMatrices> ring_;
-  const Tiling& tiling_;
-  int64_t num_tokens_;
+  TileRing<kBand, 3> ring_;
+  const SwigluBackward& p_;
   const T *gate_up_, *dy_;
-  int64_t intermediate_;
-  const T *gate_ = nullptr, *d_ = nullptr;  // of the row that is asked for next
-  int rows_ = 0;                            // that are there to be asked for
+  const T *next_ = nullptr, *next_d_ = nullptr;  // of the row that is asked for next
+  int rows_ = 0;                                 // that are there to be asked for
 };
 
-/// With kRing a block takes every gridDim.x-th tile, without it has one.
-template <typename T, bool kVec, bool kColumns, bool kRing>
-__global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
-    forward_kernel(SwigluForward p, Tiling tiling) {
-  extern __shared__ __align__(128) unsigned char words[];
-  __shared__ std::conditional_t<kColumns, ColumnShared, char> shared;
-  Inputs<T, 2, kVec, kRing> in(words, tiling, p.num_tokens, p.gate_up, nullptr, p.intermediate);
-  in.prepare(blockIdx.x);
-  if constexpr (kColumns) shared.prepare();
-  for (unsigned tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
-    const Share share = in.share_of(tile);
-    const float weight = share.weight(p.row_weight);
-    in.begin(share, tile + gridDim.x);
-    auto& [values, up] = in.values;
-#pragma unroll
-    for (int j = 0; j < kBand; ++j) {
-      in.take(j);
-      const float row_weight = __shfl_sync(kFullMask, weight, j, kBand);
-      float y[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] = swiglu_value<T>(values.at(j, e), up.at(j, e), row_weight);
-      values.set(j, y);
-      in.ask(j);
-    }
-    in.end();
-    const TilePlace place = share.place(p.intermediate);
-    if (p.y != nullptr) store_values<kVec>(values, static_cast<T*>(p.y), place);
-    if (p.rows.data != nullptr) emit_rows<kVec>(values, p.rows, p.rule, place);
-    if constexpr (kColumns) emit_columns(values, p.columns, p.rule, place, tiling.padded, shared);
-  }
-}
-
-/// The intermediate size is a multiple of 128, so that no tile holds gradients of both gate and up.
+/// With kRing a block takes tile after tile, without it has one. The tiles are given out in order,
+/// by tickets: blocks that take every gridDim.x-th drift apart, and memory then has more pages open
+/// than it likes (5 % on an H200). The intermediate size is a multiple of 128, so that no tile
+/// holds gradients of both gate and up.
 template <typename T, bool kVec, bool kColumns, bool kRing>
 __global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
     backward_kernel(SwigluBackward p, Tiling tiling) {
   extern __shared__ __align__(128) unsigned char words[];
   __shared__ std::conditional_t<kColumns, ColumnShared, char> shared;
-  Inputs<T, 3, kVec, kRing> in(words, tiling, p.num_tokens, p.gate_up, p.dy, p.intermediate);
-  in.prepare(blockIdx.x);
+  __shared__ uint2 next[2];  // row and column of the tile after the block's, in turn
+  Inputs<T, kVec, kRing> in(words, p);
+  Tile tile(tiling, blockIdx.x);
+  const auto give_out = [&](uint2& to, unsigned number) {
+    const Tile given(tiling, number);
+    to = make_uint2(given.row, given.column);
+  };
+  in.prepare(Share(tile, p.num_tokens, p.intermediate));
+  if (kRing && threadIdx.x == 0) give_out(next[0], blockIdx.x + gridDim.x);
   if constexpr (kColumns) shared.prepare();
-  for (unsigned tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
-    const Share share = in.share_of(tile);
+  if constexpr (!kColumns) __syncthreads();
+  for (unsigned turn = 0; tile.row < tiling.down; turn ^= 1) {
+    const Share share(tile, p.num_tokens, p.intermediate);
     const float weight = share.weight(p.row_weight);
-    in.begin(share, tile + gridDim.x);
-    auto& [gate, up, d] = in.values;
+    if constexpr (kRing) {
+      tile = Tile(next[turn]);
+      if (threadIdx.x == 0) {
+        give_out(next[turn ^ 1], atomicAdd(tiling.ticket, 1) + 2 * gridDim.x);
+      }
+    } else {
+      tile.row = tiling.down;
+    }
+    in.begin(share, Share(tile, p.num_tokens, p.intermediate), tile.row < tiling.down);
+    auto &gate = in.gate, &up = in.up, &d = in.d;
     float shares[kBand];
 #pragma unroll
     for (int j = 0; j < kBand; ++j) {
@@ -215,13 +222,14 @@ __global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
       for (int e = 0; e < 8; ++e) {
         g[e] = gate.at(j, e);
         u[e] = up.at(j, e);
-        shares[j] += swiglu_gradient<T>(g[e], u[e], d.at(j, e), row_weight);
+        swiglu_gradient<T>(g[e], u[e], d.at(j, e), row_weight, shares[j]);
       }
       gate.set(j, g);
       up.set(j, u);
       in.ask(j);
     }
     in.end();
+    if constexpr (!kColumns) __syncthreads();  // emit_columns has barriers of its own
     if (p.drow_weight != nullptr) {
       const float sum = half_warp_reduce(shares, [](float a, float b) { return a + b; });
       const int mine = tile_octet() / (16 / kBand);
@@ -245,12 +253,14 @@ __global__ void __launch_bounds__(kThreads, kRing ? 2 : 1)
       emit_columns(up, p.columns, p.rule, up_place, tiling.padded, shared);
     }
   }
+  ptx::let_second_begin();
 }
 
 /// The tiles' shares of a row's sum, in their order.
 __global__ void __launch_bounds__(kTileThreads)
     sum_shares_kernel(const float* shares, int64_t tiles, int64_t num_tokens, float* sums) {
   const int64_t t = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  ptx::wait_for_first();
   if (t >= num_tokens) return;
   float sum = 0.0f;
 #pragma unroll 4
@@ -275,24 +285,17 @@ void dispatch(const char* name, DType dtype, bool vectorised, bool columns, Fn&&
   });
 }
 
-/// The kernel with a ring of `bytes` where shared memory holds it, else the one without.
-template <typename Params>
-void launch(void (*ring)(Params, Tiling), int bytes, void (*direct)(Params, Tiling),
-            const Params& p, const Tiling& tiling, cudaStream_t stream) {
-  const unsigned blocks = ring != nullptr ? ring_blocks(ring, kThreads, bytes) : 0;
-  if (blocks > 0) {
-    ring<<<std::min(blocks, tiling.tiles), kThreads, bytes, stream>>>(p, tiling);
-  } else {
-    direct<<<tiling.tiles, kThreads, 0, stream>>>(p, tiling);
-  }
+Tiling tiling_of(int64_t num_tokens, int64_t intermediate) {
+  return {.across = tiles_of(intermediate),
+          .down = tiles_of(num_tokens),
+          .padded = int64_t{tiles_of(num_tokens)} * kTile};
 }
 
 }  // namespace
 
 void swiglu_forward_fp8(const SwigluForward& p, Stream stream) {
-  const Tiling tiling{.across = tiles_of(p.intermediate),
-                      .tiles = tile_grid("swiglu", p.num_tokens, p.intermediate),
-                      .padded = int64_t{tiles_of(p.num_tokens)} * kTile};
+  const Tiling tiling = tiling_of(p.num_tokens, p.intermediate);
+  const unsigned tiles = tile_grid("swiglu", p.num_tokens, p.intermediate);
   const bool vectorised = p.intermediate % kVector == 0 && aligned16(p.gate_up) && aligned16(p.y) &&
                           aligned16(p.rows.data);
   const cudaStream_t on = cuda_stream(stream);
@@ -300,10 +303,7 @@ void swiglu_forward_fp8(const SwigluForward& p, Stream stream) {
            [&](auto* type, auto vec, auto columns) {
              using T = std::remove_pointer_t<decltype(type)>;
              constexpr bool kVec = decltype(vec)::value, kColumns = decltype(columns)::value;
-             void (*ring)(SwigluForward, Tiling) = nullptr;
-             if constexpr (kVec && sizeof(T) == 2) ring = forward_kernel<T, kVec, kColumns, true>;
-             launch(ring, TileRing<kBand, 2>::kBytes, forward_kernel<T, kVec, kColumns, false>, p,
-                    tiling, on);
+             forward_kernel<T, kVec, kColumns><<<tiles, kThreads, 0, on>>>(p, tiling);
            });
   check_launch("swiglu (fp8)");
 }
@@ -314,9 +314,9 @@ void swiglu_backward_fp8(const SwigluBackward& p, Stream stream) {
                                    "intermediate: FP8 gradients need a multiple of 128, got " +
                                        std::to_string(p.intermediate));
   }
-  const Tiling tiling{.across = tiles_of(p.intermediate),
-                      .tiles = tile_grid("swiglu_backward", p.num_tokens, p.intermediate),
-                      .padded = int64_t{tiles_of(p.num_tokens)} * kTile};
+  Tiling tiling = tiling_of(p.num_tokens, p.intermediate);
+  const unsigned tiles = tile_grid("swiglu_backward", p.num_tokens, p.intermediate);
+  tiling.ticket = reinterpret_cast<unsigned*>(p.scratch) + int64_t{tiling.across} * p.num_tokens;
   const bool vectorised =
       aligned16(p.gate_up) && aligned16(p.dy) && aligned16(p.dgate_up) && aligned16(p.rows.data);
   const cudaStream_t on = cuda_stream(stream);
@@ -324,16 +324,23 @@ void swiglu_backward_fp8(const SwigluBackward& p, Stream stream) {
            [&](auto* type, auto vec, auto columns) {
              using T = std::remove_pointer_t<decltype(type)>;
              constexpr bool kVec = decltype(vec)::value, kColumns = decltype(columns)::value;
-             void (*ring)(SwigluBackward, Tiling) = nullptr;
-             if constexpr (kVec && sizeof(T) == 2) ring = backward_kernel<T, kVec, kColumns, true>;
-             launch(ring, TileRing<kBand, 3>::kBytes, backward_kernel<T, kVec, kColumns, false>, p,
-                    tiling, on);
+             if constexpr (kVec && sizeof(T) == 2) {
+               auto* const ring = backward_kernel<T, kVec, kColumns, true>;
+               constexpr int kBytes = TileRing<kBand, 3>::kBytes;
+               const unsigned blocks = std::min(ring_blocks(ring, kThreads, kBytes), tiles);
+               if (blocks > 0) {
+                 cudaMemsetAsync(tiling.ticket, 0, sizeof(unsigned), on);
+                 return ring<<<blocks, kThreads, kBytes, on>>>(p, tiling);
+               }
+               // Shared memory is too small.
+             }
+             backward_kernel<T, kVec, kColumns, false><<<tiles, kThreads, 0, on>>>(p, tiling);
            });
   check_launch("swiglu_backward (fp8)");
   if (p.drow_weight == nullptr) return;
   const auto blocks = static_cast<unsigned>((p.num_tokens + kTileThreads - 1) / kTileThreads);
-  sum_shares_kernel<<<blocks, kTileThreads, 0, on>>>(p.scratch, tiling.across, p.num_tokens,
-                                                     p.drow_weight);
+  launch_second(sum_shares_kernel, blocks, kTileThreads, on, p.scratch, tiling.across, p.num_tokens,
+                p.drow_weight);
   check_launch("swiglu_backward (row weight)");
 }
 

@@ -57,9 +57,10 @@ SwigluGrads run_swiglu_backward(const at::Tensor& grad, const at::Tensor& gate_u
   SwigluGrads result;
   at::Tensor scratch;
   if (keep) result.dgate_up = at::empty_like(gate_up);
-  if (weights.defined()) {
-    result.drow_weight = at::empty_like(weights);
-    if (tiled) scratch = at::empty({kernels::swiglu_backward_scratch(T, I)}, weights.options());
+  if (weights.defined()) result.drow_weight = at::empty_like(weights);
+  if (tiled) {
+    scratch =
+        at::empty({kernels::swiglu_backward_scratch(T, I)}, gate_up.options().dtype(at::kFloat));
   }
   kernels::swiglu_backward(
       {.num_tokens = T,

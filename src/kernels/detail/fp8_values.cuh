@@ -71,7 +71,7 @@ struct TileValues {
   template <bool kVec>
   __device__ __forceinline__ void load(int j, const T* x, int64_t count) {
     if constexpr (kVec) {
-      rows[j].load_once_if(x, count > 0);
+      rows[j].load_if(x, count > 0);
     } else {
       float v[8];
 #pragma unroll
@@ -111,7 +111,7 @@ struct TileValues<uint8_t, kRows> {
   __device__ __forceinline__ void load(int j, const uint8_t* x, int64_t count) {
     codes[j] = make_uint2(0, 0);
     if constexpr (kVec) {
-      if (count > 0) codes[j] = __ldcs(reinterpret_cast<const uint2*>(x));
+      if (count > 0) codes[j] = *reinterpret_cast<const uint2*>(x);
     } else {
       uint32_t words[2] = {0, 0};
 #pragma unroll

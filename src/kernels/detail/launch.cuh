@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "base/stream.h"
 #include "kernels/detail/raise.h"
@@ -25,6 +26,42 @@ inline void check_launch(const char* name) {
   if (error != cudaSuccess) {
     kernels::detail::raise_cuda(name, "launch failed", cudaGetErrorString(error));
   }
+}
+
+/// Of the current device; 0 where it does not say.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
+}
+
+/// Whether the current device has what sm_90 brought.
+inline bool has_sm90() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
+/// Launches the second kernel of an operator while the first one, which calls
+/// ptx::let_second_begin(), still runs (programmatic dependent launch). It calls
+/// ptx::wait_for_first() before it reads what the first wrote, and in one block at least, so that
+/// it does not end before the first. Before sm_90 one after the other.
+template <typename... Params>
+void launch_second(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                   std::type_identity_t<Params>... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = has_sm90() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 /// Sums over each kLanes neighbouring lanes in a fixed (butterfly) order; every lane gets the

@@ -23,13 +23,9 @@ struct Packed<__nv_bfloat16> {
   __device__ __forceinline__ void forget() {
     asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
   }
-  /// Read once, so that the caches keep what is read again (weights).
-  __device__ __forceinline__ void load_once(const __nv_bfloat16* x) {
-    raw = __ldcs(reinterpret_cast<const uint4*>(x));
-  }
   /// Zeros where they do not exist.
-  __device__ __forceinline__ void load_once_if(const __nv_bfloat16* x, bool exists) {
-    raw = ptx::load_once_if(x, exists);
+  __device__ __forceinline__ void load_if(const __nv_bfloat16* x, bool exists) {
+    raw = ptx::load_if(x, exists);
   }
   __device__ __forceinline__ void load(const __nv_bfloat16* x) {
     raw = *reinterpret_cast<const uint4*>(x);
@@ -38,10 +34,6 @@ struct Packed<__nv_bfloat16> {
   __device__ __forceinline__ void load_words(const uint4* words, int) { raw = *words; }
   __device__ __forceinline__ void store(__nv_bfloat16* x) const {
     *reinterpret_cast<uint4*>(x) = raw;
-  }
-  /// Not read soon: the first to leave the caches.
-  __device__ __forceinline__ void store_once(__nv_bfloat16* x) const {
-    __stcs(reinterpret_cast<uint4*>(x), raw);
   }
   __device__ __forceinline__ float at(int e) const {
     const uint32_t word = e < 4 ? (e < 2 ? raw.x : raw.y) : (e < 6 ? raw.z : raw.w);
@@ -93,15 +85,9 @@ struct Packed<float> {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) v[e] = 0.0f;
   }
-  __device__ __forceinline__ void load_once(const float* x) {
-    const float4 low = __ldcs(reinterpret_cast<const float4*>(x));
-    const float4 high = __ldcs(reinterpret_cast<const float4*>(x) + 1);
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-  }
-  __device__ __forceinline__ void load_once_if(const float* x, bool exists) {
+  __device__ __forceinline__ void load_if(const float* x, bool exists) {
     clear();
-    if (exists) load_once(x);
+    if (exists) load(x);
   }
   __device__ __forceinline__ void load(const float* x) {
     load8(x, v);
@@ -115,10 +101,6 @@ struct Packed<float> {
   }
   __device__ __forceinline__ void store(float* x) const {
     store8(x, v);
-  }
-  __device__ __forceinline__ void store_once(float* x) const {
-    __stcs(reinterpret_cast<float4*>(x), make_float4(v[0], v[1], v[2], v[3]));
-    __stcs(reinterpret_cast<float4*>(x) + 1, make_float4(v[4], v[5], v[6], v[7]));
   }
   __device__ __forceinline__ float at(int e) const {
     return v[e];

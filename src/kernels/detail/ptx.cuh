@@ -44,18 +44,22 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-/// 16 bytes, or zeros without reading where they do not exist; the first to leave the caches.
-__device__ __forceinline__ uint4 load_once_if(const void* x, bool exists) {
+/// 16 bytes, or zeros without reading where they do not exist.
+__device__ __forceinline__ uint4 load_if(const void* x, bool exists) {
   uint4 v = make_uint4(0, 0, 0, 0);
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.s32 p, %5, 0;\n"
-      "@p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
       "}\n"
       : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
       : "l"(x), "r"(static_cast<int>(exists)));
   return v;
+}
+/// Asks the L2 cache for a line that is read soon.
+__device__ __forceinline__ void prefetch(const void* x) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
 }
 /// Stores where `wanted`, without a branch around what makes the value.
 __device__ __forceinline__ void store_if(void* x, const uint2& v, bool wanted) {
@@ -101,6 +105,22 @@ __device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {
 /// Waits until `threads` threads of the block, a multiple of 32, have come to barrier `id`, 1 … 15.
 __device__ __forceinline__ void group_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Two kernels of which the second begins while the first ends (launch_second): nothing before
+// sm_90.
+
+/// In the first: the second may be launched once all blocks have come here or ended.
+__device__ __forceinline__ void let_second_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// In the second: returns when the first has ended and what it wrote is seen.
+__device__ __forceinline__ void wait_for_first() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Clusters of thread blocks.

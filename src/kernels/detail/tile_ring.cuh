@@ -42,11 +42,8 @@ class TileRing {
 /// Blocks of `threads` with a ring of `bytes` that fill the device; 0 = shared memory is too small.
 template <typename Kernel>
 unsigned ring_blocks(Kernel* kernel, int threads, int bytes) {
-  int device = 0, multiprocessors = 0, blocks = 0;
+  int blocks = 0;
   const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
-          cudaSuccess &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
           cudaSuccess &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -56,7 +53,7 @@ unsigned ring_blocks(Kernel* kernel, int threads, int bytes) {
     cudaGetLastError();  // the kernel without a ring tells of a device that has failed
     return 0;
   }
-  return static_cast<unsigned>(blocks * multiprocessors);
+  return static_cast<unsigned>(blocks * multiprocessors());
 }
 
 }  // namespace dsv3::kernels::cuda::detail

@@ -16,19 +16,9 @@ struct Words8 {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) word[i] = reinterpret_cast<const uint4*>(x)[i];
   }
-  /// The same; the lines leave the caches before others.
-  __device__ __forceinline__ void load_once(const T* x) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) word[i] = __ldcs(reinterpret_cast<const uint4*>(x) + i);
-  }
   __device__ __forceinline__ void store(T* y) const {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(y)[i] = word[i];
-  }
-  /// The same; the lines leave the caches before others.
-  __device__ __forceinline__ void store_first_out(T* y) const {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<uint4*>(y) + i, word[i]);
   }
 };
 
