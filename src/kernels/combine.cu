@@ -6,6 +6,8 @@
 // BF16: 2·T·D·(1 + K) (+ base), the gradient 2·T·D·(1 + 2K); at 16,384 x 7168, K = 8: 2.1 and
 // 4.0 GB. Memory bound.
 
+#include <algorithm>
+
 #include "kernels/detail/expert_rows.cuh"
 #include "kernels/detail/launch.cuh"
 #include "kernels/detail/words.cuh"
@@ -24,7 +26,10 @@ struct CombineBatch {
   static constexpr int kChoices = kChoicesAtOnce, kVectors = kVectorsAtOnce;
 };
 
-constexpr int kMostTokens = kMaxThreads / kWarp;  // of a block
+/// Of a block of several tokens: small ones, in order, keep the places that memory works at close
+/// together.
+constexpr unsigned kCombineThreads = 128;
+constexpr int kMostTokens = kCombineThreads / kWarp;
 
 /// Threads (along D, tokens).
 template <typename T, typename Batch>
@@ -196,13 +201,13 @@ void combine_forward(const CombineForward& p, Stream stream) {
       const int64_t vectors = p.hidden / kVector;
       const auto threads = static_cast<unsigned>(
           detail::threads_for((vectors + Batch::kVectors - 1) / Batch::kVectors));
-      const unsigned tokens = kMaxThreads / threads;
+      const unsigned tokens = std::max(1u, kCombineThreads / threads);
       const auto blocks = static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens);
       combine_kernel<T, Batch><<<blocks, dim3(threads, tokens), 0, cuda>>>(p);
     };
     constexpr int kInFlight = sizeof(T) == 2 ? 8 : 4;  // rows' vectors
     if (p.num_experts_per_token <= 2) {
-      launch(CombineBatch<2, kInFlight / 2>());
+      launch(CombineBatch<2, kInFlight / 4>());
     } else {
       launch(CombineBatch<kInFlight, 1>());
     }

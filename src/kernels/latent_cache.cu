@@ -40,39 +40,26 @@ __device__ __forceinline__ void write_bf16(const T* x, int64_t size, uint8_t* ou
   }
 }
 
-constexpr int kUnits = 4;  // words of a thread, in flight together
+constexpr int kWordThreads = 128;
 
-/// BF16 slots: word w of a token is 8 numbers of [latent | rope].
+/// BF16 slots: a thread has word w of a token, 8 numbers of [latent | rope]; below 2^32 of them.
 template <typename T>
-__global__ void __launch_bounds__(kTokens* kWarp)
+__global__ void __launch_bounds__(kWordThreads)
     write_words_kernel(LatentCacheWrite p, unsigned words, unsigned rope_words) {
-  const int64_t block = int64_t{blockIdx.x} * blockDim.x * kUnits;
-  const int64_t first_token = block / words;
-  const auto before = static_cast<unsigned>(block - first_token * words);
-  detail::Words8<T> unit[kUnits];
-  int64_t to[kUnits];
-#pragma unroll
-  for (int j = 0; j < kUnits; ++j) {
-    const unsigned at = before + threadIdx.x + j * blockDim.x, w = at % words;
-    const int64_t t = first_token + at / words;
-    const bool is_rope = w >= words - rope_words;
-    const T* const from =
-        is_rope ? static_cast<const T*>(p.rope) + t * p.rope_stride +
-                      (w - (words - rope_words)) * detail::kVector
-                : static_cast<const T*>(p.latent) + t * p.latent_stride + w * detail::kVector;
-    to[j] = -1;
-    if (t >= p.num_tokens) continue;
-    unit[j].load(from);
-    const int64_t slot = p.slots[t];
-    if (slot >= 0 && slot < p.num_slots) to[j] = slot * words + w;
-  }
-#pragma unroll
-  for (int j = 0; j < kUnits; ++j) {
-    if (to[j] < 0) continue;
-    float v[detail::kVector];
-    detail::unpack(unit[j], v);
-    detail::store8(static_cast<__nv_bfloat16*>(p.cache) + to[j] * detail::kVector, v);
-  }
+  const unsigned at = blockIdx.x * kWordThreads + threadIdx.x, t = at / words, w = at - t * words;
+  if (t >= p.num_tokens) return;
+  const unsigned latent_words = words - rope_words;
+  const T* const from =
+      w < latent_words ? static_cast<const T*>(p.latent) + t * p.latent_stride + w * detail::kVector
+                       : static_cast<const T*>(p.rope) + t * p.rope_stride +
+                             (w - latent_words) * detail::kVector;
+  detail::Words8<T> unit;
+  unit.load(from);
+  const int64_t slot = p.slots[t];
+  if (slot < 0 || slot >= p.num_slots) return;
+  float v[detail::kVector];
+  detail::unpack(unit, v);
+  detail::store8(static_cast<__nv_bfloat16*>(p.cache) + (slot * words + w) * detail::kVector, v);
 }
 
 template <typename T, bool kVec>
@@ -122,9 +109,12 @@ void latent_cache_write(const LatentCacheWrite& p, Stream stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (vec && p.cache_dtype == DType::kBF16) {
       const auto words = static_cast<unsigned>(bytes / 16);
-      constexpr int64_t kBlockUnits = int64_t{kTokens} * kWarp * kUnits;
-      const int64_t blocks = (p.num_tokens * words + kBlockUnits - 1) / kBlockUnits;
-      write_words_kernel<T><<<static_cast<unsigned>(blocks), kTokens * kWarp, 0, on>>>(
+      const int64_t all = p.num_tokens * words;
+      if (all > UINT32_MAX - kWordThreads) {
+        kernels::detail::raise_invalid("latent_cache_write", "2^32 words of 16 bytes or more");
+      }
+      const auto blocks = static_cast<unsigned>((all + kWordThreads - 1) / kWordThreads);
+      write_words_kernel<T><<<blocks, kWordThreads, 0, on>>>(
           p, words, static_cast<unsigned>(p.rope_dim / detail::kVector));
     } else if (vec) {
       write_kernel<T, true><<<grid, kTokens * kWarp, 0, on>>>(p, bytes);

@@ -16,15 +16,24 @@ using detail::kWarp;
 using detail::Packed;
 
 constexpr int kScalarThreads = 256;
-/// Of eight elements, a thread's. Note: one number for all forms, which share the sum's order and
-/// so their bits.
-constexpr int kVectors = 4;
+/// Rows of up to so many vectors of eight elements have four of them a thread; so have FP8's, for
+/// its tiles, and those that are too wide. The others have two and twice as many threads, which
+/// keeps less waiting for a row's sum (1 to 3 % on an H200). The sum has the same bits either way.
+constexpr int64_t kNarrow = 64;
+constexpr int kSmallBlock = 128;  // threads that several rows share
 
-/// kExtra: a second norm, FP8, or both. kFull: every vector of every thread exists, which saves the
-/// questions; only FP8, bound by its instructions, is the faster for it.
-template <typename T, typename Rows, bool kResidual, bool kExtra, bool kFull>
-__global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward p) {
-  __shared__ float shared[Rows::kThreads / kWarp];
+/// Blocks of a multiprocessor, 0 = as the compiler likes: 16,384 latents of 512 columns, 10 us,
+/// fill a device once if two more registers do not forbid it.
+template <typename T, typename Rows, bool kMore>
+inline constexpr int kBlocks = sizeof(T) == 2 && Rows::kGroup == 16 && !kMore ? 8 : 0;
+
+/// kVectors: a thread's, 2 or 4. kExtra: a second norm, FP8, or both. kFull: every vector of every
+/// thread exists, which saves the questions; only FP8, bound by its instructions, is the faster for
+/// it.
+template <typename T, typename Rows, int kVectors, bool kResidual, bool kExtra, bool kFull>
+__global__ void __launch_bounds__(Rows::kThreads, kBlocks<T, Rows, kResidual || kExtra>)
+    forward_kernel(RmsNormForward p) {
+  __shared__ float shared[kVectors / 2 * Rows::kThreads / kWarp];
   constexpr int kGroup = Rows::kGroup;
   const int lane = threadIdx.x % kGroup;
   const int64_t row = int64_t{blockIdx.x} * Rows::kRows + threadIdx.x / kGroup;
@@ -60,14 +69,20 @@ __global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward 
   if (p.inv_rms_given) {
     if (active) inv_rms = p.inv_rms[row];
   } else {
-    float squares = 0.0f;
+    float squares[kVectors / 2] = {};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      float& sum = squares[i % (kVectors / 2)];
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) squares = fmaf(v[i].at(e), v[i].at(e), squares);
+      for (int e = 0; e < kVector; ++e) sum = fmaf(v[i].at(e), v[i].at(e), sum);
     }
-    squares = detail::row_sum<Rows>(squares, shared);
-    inv_rms = rsqrtf(squares / static_cast<float>(p.hidden) + p.eps);
+    float total;
+    if constexpr (kVectors == 2) {
+      total = detail::row_sum<Rows>(squares[0], shared);
+    } else {
+      total = detail::row_sum_of_two<Rows>(squares[0], squares[1], shared);
+    }
+    inv_rms = rsqrtf(total / static_cast<float>(p.hidden) + p.eps);
     if (active && lane == 0 && p.inv_rms != nullptr) p.inv_rms[row] = inv_rms;
   }
   const auto normalise = [&](const void* weight, void* y) {
@@ -83,7 +98,8 @@ __global__ void __launch_bounds__(Rows::kThreads) forward_kernel(RmsNormForward 
   };
   if (kExtra && p.second_weight != nullptr) normalise(p.second_weight, p.second_y);
   normalise(p.weight, p.y);
-  if (kExtra && p.quantized.data != nullptr) {
+  if constexpr (kExtra && kVectors == 4) {
+    if (p.quantized.data == nullptr) return;
     detail::write_row<kGroup>(p.quantized, p.rule, other, row, p.hidden, lane, vectors);
   }
 }
@@ -154,23 +170,35 @@ __global__ void __launch_bounds__(kScalarThreads) forward_scalar_kernel(RmsNormF
   if (p.quantized.data != nullptr) quantize_row(p, normalised, inv_rms, row);
 }
 
+template <typename T, typename Rows, int kVectors, bool kExtra>
+void launch_rows(const RmsNormForward& p, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((p.num_tokens + Rows::kRows - 1) / Rows::kRows);
+  const auto launch = [&](auto residual, auto full) {
+    forward_kernel<T, Rows, kVectors, decltype(residual)::value, kExtra, decltype(full)::value>
+        <<<grid, Rows::kThreads, 0, stream>>>(p);
+  };
+  constexpr int64_t kWidth = int64_t{kVectors} * kVector * Rows::kGroup;
+  const bool full = p.hidden == kWidth && p.num_tokens % Rows::kRows == 0;
+  using Full = std::bool_constant<kExtra && kVectors == 4>;
+  if (p.residual != nullptr) {
+    full ? launch(std::true_type(), Full()) : launch(std::true_type(), std::false_type());
+  } else {
+    full ? launch(std::false_type(), Full()) : launch(std::false_type(), std::false_type());
+  }
+}
+
 template <typename T, bool kExtra>
 bool launch_vectorised(const RmsNormForward& p, cudaStream_t stream) {
-  return detail::dispatch_rows(p.hidden / kVector, kVectors, [&](auto rows) {
-    using Rows = decltype(rows);
-    const auto grid = static_cast<unsigned>((p.num_tokens + Rows::kRows - 1) / Rows::kRows);
-    const auto launch = [&](auto residual, auto full) {
-      forward_kernel<T, Rows, decltype(residual)::value, kExtra, decltype(full)::value>
-          <<<grid, Rows::kThreads, 0, stream>>>(p);
-    };
-    constexpr int64_t kWidth = int64_t{kVectors} * kVector * Rows::kGroup;
-    const bool full = p.hidden == kWidth && p.num_tokens % Rows::kRows == 0;
-    using Full = std::bool_constant<kExtra>;
-    if (p.residual != nullptr) {
-      full ? launch(std::true_type(), Full()) : launch(std::true_type(), std::false_type());
-    } else {
-      full ? launch(std::false_type(), Full()) : launch(std::false_type(), std::false_type());
+  const int64_t vectors = p.hidden / kVector;
+  return detail::dispatch_rows(vectors, 4, [&](auto rows) {
+    constexpr int kGroup = decltype(rows)::kGroup;
+    if constexpr (2 * kGroup <= 1024) {
+      if (vectors > kNarrow && p.quantized.data == nullptr) {
+        launch_rows<T, detail::RowGroups<2 * kGroup, kSmallBlock>, 2, kExtra>(p, stream);
+        return;
+      }
     }
+    launch_rows<T, decltype(rows), 4, kExtra>(p, stream);
   });
 }
 

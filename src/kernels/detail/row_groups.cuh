@@ -9,11 +9,11 @@
 
 namespace dsv3::kernels::cuda::detail {
 
-/// kGroup threads hold a row, kRows rows make a block of kThreads.
-template <int kGroupThreads>
+/// kGroup threads hold a row, kRows rows make a block of kThreads: as many as kMost threads allow.
+template <int kGroupThreads, int kMost = 256>
 struct RowGroups {
   static constexpr int kGroup = kGroupThreads;
-  static constexpr int kRows = kGroup < 256 && 256 % kGroup == 0 ? 256 / kGroup : 1;
+  static constexpr int kRows = kGroup < kMost && kMost % kGroup == 0 ? kMost / kGroup : 1;
   static constexpr int kThreads = kGroup * kRows;
 };
 
@@ -63,6 +63,26 @@ __device__ __forceinline__ float row_sum(float value, float* shared) {
   float values[1] = {value};
   row_sums<Rows>(values, shared);
   return values[0];
+}
+
+/// The bits that row_sum has with twice as many threads to a row, from what threads t and
+/// t + kGroup would add. `shared` [2 · warps of the block].
+template <typename Rows>
+__device__ __forceinline__ float row_sum_of_two(float first, float second, float* shared) {
+  if constexpr (2 * Rows::kGroup <= kWarp) {
+    return warp_sum<Rows::kGroup>(first + second);
+  } else {
+    constexpr int kWarps = Rows::kGroup / kWarp;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float* const row = shared + 2 * (warp / kWarps * kWarps);
+    first = warp_sum(first);
+    second = warp_sum(second);
+    if (lane == 0) row[warp % kWarps] = first, row[kWarps + warp % kWarps] = second;
+    __syncthreads();
+    float sum = lane < 2 * kWarps ? row[lane] : 0.0f;
+    if constexpr (2 * kWarps > kWarp) sum += row[lane + kWarp];  // 1024 threads: all there are
+    return warp_sum(sum);
+  }
 }
 
 }  // namespace dsv3::kernels::cuda::detail
