@@ -31,20 +31,54 @@ struct CombineBatch {
 constexpr unsigned kCombineThreads = 128;
 constexpr int kMostTokens = kCombineThreads / kWarp;
 
-/// Threads (along D, tokens).
+/// A token's choices: every thread has them where they are two at most, else the block's shared
+/// memory.
+template <bool kOwn>
+class Choices {
+ public:
+  /// All threads of the block; `exists`: the token does.
+  __device__ __forceinline__ Choices(const CombineForward& p, int64_t token, bool exists) {
+    const int count = p.num_experts_per_token;
+    if constexpr (kOwn) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        load(p, token * count + k, exists && k < count, row_[k], weight_[k]);
+    } else {
+      __shared__ int rows[kMostTokens][kMaxChoices];
+      __shared__ float weights[kMostTokens][kMaxChoices];
+      rows_ = rows[threadIdx.y], weights_ = weights[threadIdx.y];
+      const int k = threadIdx.x;
+      if (k < count) load(p, token * count + k, exists, rows_[k], weights_[k]);
+      __syncthreads();
+    }
+  }
+  __device__ __forceinline__ int row(int k) const {
+    return kOwn ? row_[k] : rows_[k];
+  }
+  __device__ __forceinline__ float weight(int k) const {
+    return kOwn ? weight_[k] : weights_[k];
+  }
+
+ private:
+  static __device__ __forceinline__ void load(const CombineForward& p, int64_t choice, bool exists,
+                                              int& row, float& weight) {
+    row = exists ? p.row_of[choice] : 0;
+    weight = exists && p.weights != nullptr ? p.weights[choice] : 1.0f;
+  }
+
+  int row_[2];
+  float weight_[2];
+  int* rows_;
+  float* weights_;
+};
+
+/// Threads (along D, tokens). With Batch::kChoices = 2 there are no more.
 template <typename T, typename Batch>
 __global__ void __launch_bounds__(kMaxThreads) combine_kernel(CombineForward p) {
-  __shared__ int row[kMostTokens][kMaxChoices];
-  __shared__ float weight[kMostTokens][kMaxChoices];
   const int num_choices = p.num_experts_per_token;
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const bool exists = token < p.num_tokens;
-  if (exists && threadIdx.x < num_choices) {
-    const int64_t choice = token * num_choices + threadIdx.x;
-    row[threadIdx.y][threadIdx.x] = p.row_of[choice];
-    weight[threadIdx.y][threadIdx.x] = p.weights == nullptr ? 1.0f : p.weights[choice];
-  }
-  __syncthreads();
+  const Choices<Batch::kChoices == 2> choices(p, token, exists);
   if (!exists) return;
   const auto* const rows = static_cast<const T*>(p.rows);
   const int64_t step = int64_t{blockDim.x} * kVector;
@@ -65,7 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(CombineForward p) 
 #pragma unroll
       for (int j = 0; j < Batch::kChoices; ++j) {
         if (k + j >= num_choices) break;
-        const T* const from = rows + row[threadIdx.y][k + j] * p.hidden;
+        const T* const from = rows + choices.row(k + j) * p.hidden;
 #pragma unroll
         for (int v = 0; v < Batch::kVectors; ++v) {
           const int64_t i = first + v * step;
@@ -75,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(CombineForward p) 
 #pragma unroll
       for (int j = 0; j < Batch::kChoices; ++j) {
         if (k + j >= num_choices) break;
-        const float w = weight[threadIdx.y][k + j];
+        const float w = choices.weight(k + j);
 #pragma unroll
         for (int v = 0; v < Batch::kVectors; ++v) {
           float x[kVector];

@@ -40,26 +40,40 @@ __device__ __forceinline__ void write_bf16(const T* x, int64_t size, uint8_t* ou
   }
 }
 
-constexpr int kWordThreads = 128;
+constexpr int kWordThreads = 256, kUnits = 4;  // of a block; words of a thread, in flight together
 
-/// BF16 slots: a thread has word w of a token, 8 numbers of [latent | rope]; below 2^32 of them.
+/// BF16 slots: word w of a token is 8 numbers of [latent | rope]; there are below 2^32 of them.
 template <typename T>
 __global__ void __launch_bounds__(kWordThreads)
     write_words_kernel(LatentCacheWrite p, unsigned words, unsigned rope_words) {
-  const unsigned at = blockIdx.x * kWordThreads + threadIdx.x, t = at / words, w = at - t * words;
-  if (t >= p.num_tokens) return;
+  const unsigned first = blockIdx.x * (kWordThreads * kUnits) + threadIdx.x;
   const unsigned latent_words = words - rope_words;
-  const T* const from =
-      w < latent_words ? static_cast<const T*>(p.latent) + t * p.latent_stride + w * detail::kVector
-                       : static_cast<const T*>(p.rope) + t * p.rope_stride +
-                             (w - latent_words) * detail::kVector;
-  detail::Words8<T> unit;
-  unit.load(from);
-  const int64_t slot = p.slots[t];
-  if (slot < 0 || slot >= p.num_slots) return;
-  float v[detail::kVector];
-  detail::unpack(unit, v);
-  detail::store8(static_cast<__nv_bfloat16*>(p.cache) + (slot * words + w) * detail::kVector, v);
+  detail::Words8<T> unit[kUnits];
+  int64_t to[kUnits];
+#pragma unroll
+  for (int j = 0; j < kUnits; ++j) {
+    const unsigned at = first + j * kWordThreads, t = at / words, w = at - t * words;
+    to[j] = -1;
+    if (t >= p.num_tokens) continue;
+    const bool is_rope = w >= latent_words;
+    const auto* const part = static_cast<const T*>(is_rope ? p.rope : p.latent);
+    unit[j].load(part + t * (is_rope ? p.rope_stride : p.latent_stride) +
+                 (is_rope ? w - latent_words : w) * detail::kVector);
+    const int64_t slot = p.slots[t];
+    if (slot >= 0 && slot < p.num_slots) to[j] = slot * words + w;
+  }
+#pragma unroll
+  for (int j = 0; j < kUnits; ++j) {
+    if (to[j] < 0) continue;
+    auto* const slot = static_cast<__nv_bfloat16*>(p.cache) + to[j] * detail::kVector;
+    if constexpr (sizeof(T) == 2) {
+      unit[j].store(slot);
+    } else {
+      float v[detail::kVector];
+      detail::unpack(unit[j], v);
+      detail::store8(slot, v);
+    }
+  }
 }
 
 template <typename T, bool kVec>
@@ -110,10 +124,11 @@ void latent_cache_write(const LatentCacheWrite& p, Stream stream) {
     if (vec && p.cache_dtype == DType::kBF16) {
       const auto words = static_cast<unsigned>(bytes / 16);
       const int64_t all = p.num_tokens * words;
-      if (all > UINT32_MAX - kWordThreads) {
+      constexpr int64_t kBlockWords = int64_t{kWordThreads} * kUnits;
+      if (all > UINT32_MAX - kBlockWords) {
         kernels::detail::raise_invalid("latent_cache_write", "2^32 words of 16 bytes or more");
       }
-      const auto blocks = static_cast<unsigned>((all + kWordThreads - 1) / kWordThreads);
+      const auto blocks = static_cast<unsigned>((all + kBlockWords - 1) / kBlockWords);
       write_words_kernel<T><<<blocks, kWordThreads, 0, on>>>(
           p, words, static_cast<unsigned>(p.rope_dim / detail::kVector));
     } else if (vec) {
