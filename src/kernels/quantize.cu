@@ -99,8 +99,7 @@ struct TileGrid {
   unsigned across, down;  // tiles
   int64_t padded;         // tokens of the transposed form
   unsigned ahead;         // tiles from a block's own to the one that it asks the cache for
-
-  bool down_first;  // in which order blocks take them
+  bool down_first;        // in which order blocks take them
 
   /// Row and column of tile `number`. Blocks that run at one time should write neighbouring pieces
   /// of memory: of rows, or of rows of the transposed form where it is written alone (1 and 2 % on

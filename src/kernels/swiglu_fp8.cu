@@ -5,6 +5,8 @@
 // turn. Bytes in BF16 with both forms: forward 4·T·I read, 2·T·I written; backward 6·T·I read,
 // 4·T·I written.
 
+#include <algorithm>
+
 #include "kernels/detail/swiglu.cuh"
 #include "kernels/detail/swiglu_fp8.h"
 #include "kernels/detail/tile_ring.cuh"
@@ -313,6 +315,9 @@ void swiglu_backward_fp8(const SwigluBackward& p, Stream stream) {
     kernels::detail::raise_invalid("swiglu_backward",
                                    "intermediate: FP8 gradients need a multiple of 128, got " +
                                        std::to_string(p.intermediate));
+  }
+  if (p.scratch == nullptr) {
+    kernels::detail::raise_invalid("swiglu_backward", "scratch: an FP8 form needs it");
   }
   Tiling tiling = tiling_of(p.num_tokens, p.intermediate);
   const unsigned tiles = tile_grid("swiglu_backward", p.num_tokens, p.intermediate);
