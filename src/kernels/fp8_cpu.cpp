@@ -1,46 +1,22 @@
-// FP8 tiles on the host: maxima as integers, codes by arithmetic on the floats' bits, results
-// collected to whole cache lines.
+// FP8 tiles on the host: finite ones register by register (kernels/detail/fp8_lanes.h), those with
+// an infinity or a NaN element by element; results leave as whole cache lines.
 #include "kernels/detail/fp8_cpu.h"
 
 #include "kernels/detail/e4m3.h"
-#include "kernels/detail/lanes.h"
+#include "kernels/detail/fp8_lanes.h"
 #include "kernels/detail/streaming.h"
 
 namespace dsv3::kernels::cpu::detail {
 namespace {
 
-/// Keys order as |x| does, NaN before everything: a maximum of integers passes over NaN.
-struct FloatKey {
-  using Type = int32_t;
-  static constexpr Type kZero = 0x7fffff;
-  DSV3_INLINE static Type of(float x) {
-    return static_cast<Type>((std::bit_cast<uint32_t>(x) & 0x7fffffffu) + 0x7fffffu);
-  }
-  DSV3_INLINE static float magnitude(Type key) { return std::bit_cast<float>(key - kZero); }
-};
-struct Bf16Key {
-  using Type = int16_t;
-  static constexpr Type kZero = 0x7f;
-  DSV3_INLINE static Type of(BFloat16 x) {
-    return static_cast<Type>(static_cast<uint16_t>((x.bits & 0x7fffu) + 0x7fu));
-  }
-  DSV3_INLINE static float magnitude(Type key) {
-    return std::bit_cast<float>(static_cast<uint32_t>(key - kZero) << 16);
-  }
-};
+/// |x| of the largest, NaN passed over.
 template <typename T>
-using Key = std::conditional_t<std::is_same_v<T, float>, FloatKey, Bf16Key>;
-
-/// The key of max |x|.
-template <typename T>
-DSV3_INLINE auto top_key(const T* x, int64_t size) {
-  typename Key<T>::Type top = Key<T>::kZero;
-  if (size == kFp8Tile) {
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < kFp8Tile; ++i) top = std::max(top, Key<T>::of(x[i]));
-    return top;
+DSV3_INLINE float amax_of(const T* x, int64_t size, int64_t stride) {
+  float top = 0.0f;
+  for (int64_t i = 0; i < size; ++i) {
+    const float magnitude = std::abs(load(x + i * stride));
+    top = magnitude > top ? magnitude : top;
   }
-  for (int64_t i = 0; i < size; ++i) top = std::max(top, Key<T>::of(x[i]));
   return top;
 }
 
@@ -49,67 +25,127 @@ DSV3_INLINE uint8_t code_of(const T* x, float inverse) {
   return static_cast<uint8_t>(kernels::detail::e4m3_scaled_code(load(x) * inverse));
 }
 
-template <typename T>
-DSV3_INLINE void encode_row(const T* __restrict x, int64_t size, float inverse,
-                            uint8_t* __restrict codes) {
-  if (size == kFp8Tile) {
-#pragma omp simd
+/// Where rows of a tile go: codes `columns` of each, `code_stride` apart.
+struct RowTarget {
+  uint8_t* codes;
+  int64_t code_stride, columns;
+  bool streamed;
+  float* scales;
+  int64_t scale_stride;
+  NextRows next = {};
+};
+
+/// The codes of a row of 128 numbers.
+template <typename V, typename T>
+DSV3_INLINE void encode_row(const T* x, float inverse, bool finite, uint8_t* codes) {
+  if (!finite) {
     for (int64_t i = 0; i < kFp8Tile; ++i) codes[i] = code_of(x + i, inverse);
     return;
   }
-  for (int64_t i = 0; i < size; ++i) codes[i] = code_of(x + i, inverse);
+  Pair<V> factor;
+  factor.a = typename V::Floats{} + inverse;
+  factor.b = factor.a;
+  for (int64_t i = 0; i < kFp8Tile; i += V::kPair) encode_pair<V>(x + i, factor, codes + i);
 }
 
-/// Tiles whose scales are divided side by side, which hides how long a division takes.
-constexpr int64_t kAtOnce = kLanes;
-
-/// Note: lanes are set in a register, because a vector loaded right after its parts were stored
-/// waits for all stores before them.
-DSV3_INLINE void set_lane(LaneFloats& lanes, int64_t i, float value) {
-  constexpr LaneInts kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const LaneInts here = LaneInts{} + static_cast<uint32_t>(i);
-  lanes = kLane == here ? LaneFloats{} + value : lanes;
-}
-
-DSV3_INLINE void scales_of(const LaneFloats& amax, const ScaleRule& rule, float* scales,
-                           float* inverse) {
-#pragma omp simd
-  for (int64_t i = 0; i < kAtOnce; ++i) {
-    const auto pair = kernels::detail::tile_scale(amax[i], rule);
-    scales[i] = pair.scale;
-    inverse[i] = pair.inverse;
+/// Rows of 128 numbers, one after the other, each a tile.
+template <typename V, typename T>
+DSV3_INLINE void encode_rows(const T* x, int64_t rows, const ScaleRule& rule,
+                             const RowTarget& out) {
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, rows - first);
+    Ints4 tops[kAtOnce] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      Tops<V, T> row;
+      for (int64_t i = 0; i < kFp8Tile; i += V::kPair) row.raise(x + (first + r) * kFp8Tile + i);
+      Pair<V> pair;
+      row.get(pair);
+      fold<V>(pair, tops[r]);
+    }
+    Ints4 bits;
+    fold(tops, bits);
+    float amax[kAtOnce], scale[kAtOnce], inverse[kAtOnce];
+    std::memcpy(amax, &bits, sizeof(bits));
+    bool finite = true;
+    for (int64_t r = 0; r < count; ++r) finite = finite && amax[r] < __builtin_inff();
+    for (int64_t r = 0; r < count && !finite; ++r) {
+      amax[r] = amax_of(x + (first + r) * kFp8Tile, kFp8Tile, 1);
+    }
+    for (int64_t r = 0; r < kAtOnce; ++r) {
+      const auto pair = kernels::detail::tile_scale(amax[r], rule);
+      scale[r] = pair.scale;
+      inverse[r] = pair.inverse;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = x + (first + r) * kFp8Tile;
+      uint8_t* const to = out.codes + (first + r) * out.code_stride;
+      out.scales[(first + r) * out.scale_stride] = scale[r];
+      out.next.ask(first + r);
+      if (!out.streamed && out.columns == kFp8Tile) {
+        encode_row<V>(row, inverse[r], finite, to);
+        continue;
+      }
+      alignas(64) uint8_t codes[kFp8Tile];
+      encode_row<V>(row, inverse[r], finite, codes);
+      put_bytes<V>(to, codes, out.columns, out.streamed);
+    }
   }
 }
 
+/// `size` numbers, then zeros.
 template <typename T>
+DSV3_INLINE void copy_padded(const T* x, int64_t size, T* out) {
+  std::copy_n(x, size, out);
+  std::fill_n(out + size, kFp8Tile - size, T{});
+}
+
+template <typename V, typename T>
 DSV3_INLINE void row_tiles_body(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
                                 float* scales, int64_t scale_stride) {
-  LaneFloats amax = {};
-  alignas(64) float scale[kAtOnce], inverse[kAtOnce];
-  for (int64_t first = 0; first < size; first += kAtOnce * kFp8Tile) {
-    const int64_t part = std::min(kAtOnce * kFp8Tile, size - first);
-    for (int64_t i = 0; i * kFp8Tile < part; ++i) {
-      const int64_t at = i * kFp8Tile;
-      const auto top = top_key(x + first + at, std::min(kFp8Tile, part - at));
-      set_lane(amax, i, Key<T>::magnitude(top));
-    }
-    scales_of(amax, rule, scale, inverse);
-    for (int64_t i = 0; i * kFp8Tile < part; ++i, scales += scale_stride) {
-      const int64_t at = first + i * kFp8Tile;
-      encode_row(x + at, std::min(kFp8Tile, size - at), inverse[i], codes + at);
-      *scales = scale[i];
-    }
-  }
+  const int64_t whole = size / kFp8Tile, rest = size % kFp8Tile;
+  encode_rows<V>(x, whole, rule, {codes, kFp8Tile, kFp8Tile, false, scales, scale_stride});
+  if (rest == 0) return;
+  Room<T, kFp8Tile> last;
+  copy_padded(x + whole * kFp8Tile, rest, last.data());
+  encode_rows<V>(last.data(), 1, rule,
+                 {codes + whole * kFp8Tile, kFp8Tile, rest, false, scales + whole * scale_stride,
+                  scale_stride});
 }
 
-template <typename T>
+template <typename V, typename T>
 DSV3_INLINE float block_body(const T* x, int64_t stride, int64_t rows, int64_t columns,
                              const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  typename Key<T>::Type top = Key<T>::kZero;
-  for (int64_t r = 0; r < rows; ++r) top = std::max(top, top_key(x + r * stride, columns));
-  const auto scale = kernels::detail::tile_scale(Key<T>::magnitude(top), rule);
+  Tops<V, T> tops;
+  Room<T, kFp8Tile> room;
+  const auto row = [&](int64_t r) __attribute__((always_inline)) {
+    const T* const from = x + r * stride;
+    if (columns == kFp8Tile) return from;
+    copy_padded(from, columns, room.data());
+    return static_cast<const T*>(room.data());
+  };
   for (int64_t r = 0; r < rows; ++r) {
-    encode_row(x + r * stride, columns, scale.inverse, codes + r * width);
+    const T* const from = row(r);
+    for (int64_t i = 0; i < kFp8Tile; i += V::kPair) tops.raise(from + i);
+  }
+  Pair<V> pair;
+  tops.get(pair);
+  float amax = 0.0f;
+  Ints4 top;
+  fold<V>(pair, top);
+  for (int64_t i = 0; i < kAtOnce; ++i)
+    amax = std::max(amax, std::bit_cast<float>(uint32_t{top[i]}));
+  bool finite = true;
+  for (int64_t i = 0; i < kAtOnce; ++i) finite = finite && top[i] < 0x7f800000u;
+  if (!finite) {
+    amax = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) amax = std::max(amax, amax_of(x + r * stride, columns, 1));
+  }
+  const auto scale = kernels::detail::tile_scale(amax, rule);
+  alignas(64) uint8_t made[kFp8Tile];
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool whole = columns == kFp8Tile;
+    encode_row<V>(row(r), scale.inverse, finite, whole ? codes + r * width : made);
+    if (!whole) std::memcpy(codes + r * width, made, static_cast<size_t>(columns));
   }
   return scale.scale;
 }
@@ -119,133 +155,154 @@ bool whole_lines(const void* to, int64_t row_bytes, int64_t piece) {
   return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(row_bytes | piece)) % 64 == 0;
 }
 
-template <typename T>
+template <typename V, typename T>
 DSV3_INLINE void rows_body(const Fp8TileRow<T>* tile, const Fp8Rows& out, const ScaleRule& rule,
                            const Fp8Place& at, int64_t rows) {
   const int64_t columns = std::min(kFp8Tile, at.width - at.column0);
-  const bool streamed = at.streamed && whole_lines(out.data, at.width, columns);
-  float* scales = out.scales + at.column0 / kFp8Tile * out.scale_stride + at.row0;
-  uint8_t* to = out.data + at.row0 * at.width + at.column0;
-  LaneFloats amax = {};
-  alignas(64) float scale[kAtOnce], inverse[kAtOnce];
-  for (int64_t first = 0; first < rows; first += kAtOnce) {
-    const int64_t part = std::min(kAtOnce, rows - first);
-    for (int64_t i = 0; i < part; ++i) {
-      set_lane(amax, i, Key<T>::magnitude(top_key(tile[first + i], columns)));
-    }
-    scales_of(amax, rule, scale, inverse);
-    std::memcpy(scales + first, scale, static_cast<size_t>(part) * sizeof(float));
-    for (int64_t i = 0; i < part; ++i, to += at.width) {
-      if (!streamed) {
-        encode_row(tile[first + i], columns, inverse[i], to);
-        continue;
-      }
-      alignas(64) uint8_t codes[kFp8Tile];
-      encode_row(tile[first + i], columns, inverse[i], codes);
-      stream_bytes(to, codes, columns);
-    }
-  }
+  encode_rows<V>(tile[0], rows, rule,
+                 {out.data + at.row0 * at.width + at.column0, at.width, columns,
+                  at.streamed && whole_lines(out.data, at.width, columns),
+                  out.scales + at.column0 / kFp8Tile * out.scale_stride + at.row0, 1, at.next});
 }
 
-constexpr int64_t kBytes = 16;
-using Bytes [[gnu::vector_size(16)]] = uint8_t;
+/// Columns that are encoded before they are transposed.
+constexpr int64_t kStrip = kBlocks * kSide;
 
-/// A 16×16 block of bytes transposed: four times, every row is interleaved with the one 8 further
-/// on.
-DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kFp8Tile], uint8_t (*to)[kFp8Tile]) {
-  Bytes rows[kBytes], next[kBytes];
-  for (int64_t i = 0; i < kBytes; ++i) std::memcpy(&rows[i], from[i], kBytes);
-#pragma GCC unroll 4
-  for (int step = 0; step < 4; ++step) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kBytes / 2; ++i) {
-      const Bytes a = rows[i], b = rows[i + kBytes / 2];
-      next[2 * i] =
-          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-                                                14, 30, 15, 31);
+/// The scales of a strip's columns and its codes, row by row. False where not all is finite.
+template <typename V, typename T>
+DSV3_INLINE bool encode_strip(const Fp8TileRow<T>* tile, int64_t column, const ScaleRule& rule,
+                              const NextRows& next, float* scales, uint8_t (*codes)[kStrip]) {
+  static_assert(kStrip % V::kPair == 0);
+  for (int64_t c = 0; c < kStrip; c += V::kPair) {
+    Tops<V, T> tops;
+    for (int64_t r = 0; r < kFp8Tile; ++r) tops.raise(tile[r] + column + c);
+    Pair<V> amax, inverse;
+    tops.get(amax);
+    alignas(64) float top[V::kPair], scale[V::kPair], inverses[V::kPair];
+    store_pair<V>(top, WholePair<V>{}, amax);
+    bool finite = true;
+    for (int64_t i = 0; i < V::kPair; ++i) finite = finite && top[i] < __builtin_inff();
+    if (!finite) return false;
+#pragma omp simd
+    for (int64_t i = 0; i < V::kPair; ++i) {
+      const auto pair = kernels::detail::tile_scale(top[i], rule);
+      scale[i] = pair.scale;
+      inverses[i] = pair.inverse;
     }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kBytes; ++i) rows[i] = next[i];
+    load_pair<V>(inverses, WholePair<V>{}, inverse);
+    for (int64_t i = 0; i < V::kPair; ++i) scales[c + place_in_pair<V, T>(i)] = scale[i];
+    for (int64_t r = 0; r < kFp8Tile; ++r) {
+      constexpr int64_t kStrips = kFp8Tile / V::kPair;
+      if (r % kStrips == 0) next.ask(((column + c) * kFp8Tile / V::kPair + r) / kStrips);
+      encode_pair<V>(tile[r] + column + c, inverse, codes[r] + c);
+    }
   }
-  for (int64_t i = 0; i < kBytes; ++i) std::memcpy(to[i], &rows[i], kBytes);
+  return true;
 }
 
-template <typename T>
+template <typename V, typename T>
 DSV3_INLINE void columns_body(const Fp8TileRow<T>* tile, const Fp8Columns& out,
                               const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
-  alignas(64) typename Key<T>::Type top[kFp8Tile];
-  alignas(64) float scales[kFp8Tile], inverse[kFp8Tile];
-  alignas(64) uint8_t codes[kFp8Tile][kFp8Tile], turned[kBytes][kFp8Tile];
-  for (int64_t c = 0; c < kFp8Tile; ++c) top[c] = Key<T>::kZero;
-  for (int64_t r = 0; r < kFp8Tile; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < kFp8Tile; ++c) top[c] = std::max(top[c], Key<T>::of(tile[r][c]));
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < kFp8Tile; ++c) {
-    const auto scale = kernels::detail::tile_scale(Key<T>::magnitude(top[c]), rule);
-    scales[c] = scale.scale;
-    inverse[c] = scale.inverse;
-  }
   const int64_t columns = std::min(kFp8Tile, at.width - at.column0);
-  std::memcpy(out.scales + at.row0 / kFp8Tile * out.scale_stride + at.column0, scales,
-              static_cast<size_t>(columns) * sizeof(float));
-  for (int64_t r = 0; r < kFp8Tile; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < kFp8Tile; ++c) codes[r][c] = code_of(&tile[r][c], inverse[c]);
-  }
   const bool streamed = at.streamed && whole_lines(out.data, padded, kFp8Tile);
-  uint8_t* const to = out.data + at.column0 * padded + at.row0;
-  for (int64_t c = 0; c < columns; c += kBytes) {
-    for (int64_t r = 0; r < kFp8Tile; r += kBytes) {
-      transpose_bytes(reinterpret_cast<const uint8_t(*)[kFp8Tile]>(&codes[r][c]),
-                      reinterpret_cast<uint8_t(*)[kFp8Tile]>(&turned[0][r]));
+  float* const to_scales = out.scales + at.row0 / kFp8Tile * out.scale_stride + at.column0;
+  for (int64_t first = 0; first < columns; first += kStrip) {
+    const int64_t count = std::min(kStrip, columns - first);
+    alignas(64) uint8_t codes[kFp8Tile][kStrip], turned[kStrip][kFp8Tile];
+    alignas(64) float scales[kStrip];
+    if (!encode_strip<V>(tile, first, rule, at.next, scales, codes)) {
+      for (int64_t c = 0; c < kStrip; ++c) {
+        const T* const column = tile[0] + first + c;
+        const auto scale = kernels::detail::tile_scale(amax_of(column, kFp8Tile, kFp8Tile), rule);
+        scales[c] = scale.scale;
+        for (int64_t r = 0; r < kFp8Tile; ++r) {
+          codes[r][c] = code_of(column + r * kFp8Tile, scale.inverse);
+        }
+      }
     }
-    for (int64_t i = 0; i < std::min(kBytes, columns - c); ++i) {
-      uint8_t* const column = to + (c + i) * padded;
-      streamed ? stream_bytes(column, turned[i], kFp8Tile)
-               : static_cast<void>(std::memcpy(column, turned[i], kFp8Tile));
+    std::memcpy(to_scales + first, scales, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t r = 0; r < kFp8Tile; r += kSide) {
+      transpose_bytes(codes + r, turned[0] + r, kFp8Tile);
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      uint8_t* const column = out.data + (at.column0 + first + c) * padded + at.row0;
+      put_bytes<V>(column, turned[c], kFp8Tile, streamed);
     }
   }
 }
+
+DSV3_WIDE(void encode_tiles_of,
+          (const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes, float* scales,
+           int64_t scale_stride),
+          row_tiles_body<V>(x, size, rule, codes, scales, scale_stride))
+DSV3_WIDE(void encode_tiles_of,
+          (const BFloat16* x, int64_t size, const ScaleRule& rule, uint8_t* codes, float* scales,
+           int64_t scale_stride),
+          row_tiles_body<V>(x, size, rule, codes, scales, scale_stride))
+
+DSV3_WIDE(float encode_block_of,
+          (const float* x, int64_t stride, int64_t rows, int64_t columns, const ScaleRule& rule,
+           uint8_t* codes, int64_t width),
+          return block_body<V>(x, stride, rows, columns, rule, codes, width))
+DSV3_WIDE(float encode_block_of,
+          (const BFloat16* x, int64_t stride, int64_t rows, int64_t columns, const ScaleRule& rule,
+           uint8_t* codes, int64_t width),
+          return block_body<V>(x, stride, rows, columns, rule, codes, width))
+
+DSV3_WIDE(void emit_rows_of,
+          (const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
+           const Fp8Place& at, int64_t rows),
+          rows_body<V>(tile, out, rule, at, rows))
+DSV3_WIDE(void emit_rows_of,
+          (const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out, const ScaleRule& rule,
+           const Fp8Place& at, int64_t rows),
+          rows_body<V>(tile, out, rule, at, rows))
+
+DSV3_WIDE(void emit_columns_of,
+          (const Fp8TileRow<float>* tile, const Fp8Columns& out, const ScaleRule& rule,
+           const Fp8Place& at, int64_t padded),
+          columns_body<V>(tile, out, rule, at, padded))
+DSV3_WIDE(void emit_columns_of,
+          (const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out, const ScaleRule& rule,
+           const Fp8Place& at, int64_t padded),
+          columns_body<V>(tile, out, rule, at, padded))
 
 }  // namespace
 
-DSV3_CLONES void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule,
-                                  uint8_t* codes, float* scales, int64_t scale_stride) {
-  row_tiles_body(x, size, rule, codes, scales, scale_stride);
+void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
+                      float* scales, int64_t scale_stride) {
+  encode_tiles_of(x, size, rule, codes, scales, scale_stride);
 }
-DSV3_CLONES void encode_row_tiles(const BFloat16* x, int64_t size, const ScaleRule& rule,
-                                  uint8_t* codes, float* scales, int64_t scale_stride) {
-  row_tiles_body(x, size, rule, codes, scales, scale_stride);
-}
-
-DSV3_CLONES float encode_block(const float* x, int64_t stride, int64_t rows, int64_t columns,
-                               const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  return block_body(x, stride, rows, columns, rule, codes, width);
-}
-DSV3_CLONES float encode_block(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns,
-                               const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  return block_body(x, stride, rows, columns, rule, codes, width);
+void encode_row_tiles(const BFloat16* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
+                      float* scales, int64_t scale_stride) {
+  encode_tiles_of(x, size, rule, codes, scales, scale_stride);
 }
 
-DSV3_CLONES void emit_rows(const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
-                           const Fp8Place& at, int64_t rows) {
-  rows_body(tile, out, rule, at, rows);
+float encode_block(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                   const ScaleRule& rule, uint8_t* codes, int64_t width) {
+  return encode_block_of(x, stride, rows, columns, rule, codes, width);
 }
-DSV3_CLONES void emit_rows(const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out,
-                           const ScaleRule& rule, const Fp8Place& at, int64_t rows) {
-  rows_body(tile, out, rule, at, rows);
+float encode_block(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns,
+                   const ScaleRule& rule, uint8_t* codes, int64_t width) {
+  return encode_block_of(x, stride, rows, columns, rule, codes, width);
 }
 
-DSV3_CLONES void emit_columns(const Fp8TileRow<float>* tile, const Fp8Columns& out,
-                              const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
-  columns_body(tile, out, rule, at, padded);
+void emit_rows(const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
+               const Fp8Place& at, int64_t rows) {
+  emit_rows_of(tile, out, rule, at, rows);
 }
-DSV3_CLONES void emit_columns(const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out,
-                              const ScaleRule& rule, const Fp8Place& at, int64_t padded) {
-  columns_body(tile, out, rule, at, padded);
+void emit_rows(const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out, const ScaleRule& rule,
+               const Fp8Place& at, int64_t rows) {
+  emit_rows_of(tile, out, rule, at, rows);
+}
+
+void emit_columns(const Fp8TileRow<float>* tile, const Fp8Columns& out, const ScaleRule& rule,
+                  const Fp8Place& at, int64_t padded) {
+  emit_columns_of(tile, out, rule, at, padded);
+}
+void emit_columns(const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out, const ScaleRule& rule,
+                  const Fp8Place& at, int64_t padded) {
+  emit_columns_of(tile, out, rule, at, padded);
 }
 
 }  // namespace dsv3::kernels::cpu::detail

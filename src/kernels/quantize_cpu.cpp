@@ -69,20 +69,24 @@ DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end, 
     const int64_t columns = std::min(kFp8Tile, p.width - column);
     // Rows that do not exist matter only where they leave as zeros.
     const int64_t needed = grouped || p.columns.data != nullptr ? kFp8Tile : valid;
-    // The next tile, asked for while this one is read.
-    const int64_t ahead = column + kFp8Tile < p.width ? kFp8Tile : kFp8Tile * p.x_stride - column;
     for (int64_t r = 0; r < needed; ++r) {
       const int64_t filled = r < valid ? columns : 0;
       if (filled > 0) {
         const T* x = static_cast<const T*>(p.x) + (source + r) * p.x_stride + column;
-        detail::prefetch_bytes(x + ahead, kFp8Tile * static_cast<int64_t>(sizeof(T)));
         load_row(p, x, source + r, column, filled, tile[r]);
       }
       for (int64_t c = filled; c < kFp8Tile; ++c) tile[r][c] = {};
     }
-    const detail::Fp8Place at{down * kFp8Tile, column, p.width, streamed};
+    detail::Fp8Place at{
+        .row0 = down * kFp8Tile,
+        .column0 = column,
+        .width = p.width,
+        .streamed = streamed,
+        .next = detail::NextRows::of(static_cast<const T*>(p.x) + source * p.x_stride, p.x_stride,
+                                     column / kFp8Tile, across)};
     if (p.rows.data != nullptr) {
       detail::emit_rows(tile, p.rows, p.rule, at, grouped ? kFp8Tile : valid);
+      at.next = {};
     }
     if (p.columns.data != nullptr) detail::emit_columns(tile, p.columns, p.rule, at, padded);
   }
