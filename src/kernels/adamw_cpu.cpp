@@ -7,6 +7,7 @@
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/lanes.h"
 #include "kernels/detail/streaming.h"
+#include "kernels/detail/wide.h"
 #include "kernels/optimizer.h"
 
 namespace dsv3::kernels {
@@ -157,38 +158,41 @@ DSV3_CLONES void round_nearest(const float* from, BFloat16* to, int64_t size) {
 
 constexpr int64_t kGroups = kBlock / 8 + 8;  // of eight elements, that a block touches, and a few
 
-using Lane64 [[gnu::vector_size(64)]] = uint64_t;
-constexpr int64_t kAtOnce = 8;  // lanes of it
-
-/// rounding_words of `groups` groups (and of up to 7 more) from `first_group` on, one after the
-/// other: the rounds of Philox (kernels/detail/philox.h) for eight groups side by side, 32 bits in
-/// lanes of 64.
-DSV3_CLONES void philox_block(uint64_t key, uint64_t first_group, uint64_t counter_high,
-                              int64_t groups, uint32_t* __restrict words) {
-  constexpr uint64_t kLow = 0xffffffffu;
+/// rounding_words of `groups` groups (and of a few more) from `first_group` on, one after the
+/// other: the rounds of Philox (kernels/detail/philox.h) for groups side by side, 32 bits in lanes
+/// of 64 whose upper halves mean nothing.
+template <typename V>
+DSV3_INLINE void philox_body(uint64_t key, uint64_t first_group, uint64_t counter_high,
+                             int64_t groups, uint32_t* words) {
+  using Longs = typename V::Longs;
+  constexpr int64_t kAtOnce = V::kLanes / 2;
+  const kernels::detail::PhiloxKey rounds = kernels::detail::philox_key(key);
+  Longs index;
+  for (int64_t i = 0; i < kAtOnce; ++i) index[i] = static_cast<uint64_t>(i);
   for (int64_t g = 0; g < groups; g += kAtOnce) {
-    const Lane64 counter =
-        Lane64{0, 1, 2, 3, 4, 5, 6, 7} + (first_group + static_cast<uint64_t>(g));
-    Lane64 c0 = counter & kLow, c1 = counter >> 32;
-    Lane64 c2 = Lane64{} + (counter_high & kLow), c3 = Lane64{} + (counter_high >> 32);
-    uint64_t k0 = key & kLow, k1 = key >> 32;
+    const Longs counter = index + (first_group + static_cast<uint64_t>(g));
+    Longs c0 = counter, c1 = counter >> 32, a, b;
+    Longs c2 = Longs{} + counter_high, c3 = Longs{} + (counter_high >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Lane64 a = c0 * uint64_t{0xD2511F53u}, b = c2 * uint64_t{0xCD9E8D57u};
-      c0 = (b >> 32) ^ c1 ^ k0;
-      c1 = b & kLow;
-      c2 = (a >> 32) ^ c3 ^ k1;
-      c3 = a & kLow;
-      k0 = (k0 + 0x9E3779B9u) & kLow;
-      k1 = (k1 + 0xBB67AE85u) & kLow;
+    for (int round = 0; round < kernels::detail::kPhiloxRounds; ++round) {
+      multiply_halves<V>(c0, Longs{} + uint64_t{0xD2511F53u}, a);
+      multiply_halves<V>(c2, Longs{} + uint64_t{0xCD9E8D57u}, b);
+      c0 = (b >> 32) ^ c1 ^ uint64_t { rounds.word[round][0] };
+      c1 = b;
+      c2 = (a >> 32) ^ c3 ^ uint64_t { rounds.word[round][1] };
+      c3 = a;
     }
-    const Lane64 low = c0 | (c1 << 32), high = c2 | (c3 << 32);
-    const Lane64 groups03 = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
-    const Lane64 groups47 = __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
-    std::memcpy(words + 4 * g, &groups03, sizeof(Lane64));
-    std::memcpy(words + 4 * g + 16, &groups47, sizeof(Lane64));
+    const Longs low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      const uint64_t group[2] = {low[i], high[i]};
+      std::memcpy(words + 4 * (g + i), group, sizeof(group));
+    }
   }
 }
+DSV3_WIDE(void philox_block,
+          (uint64_t key, uint64_t first_group, uint64_t counter_high, int64_t groups,
+           uint32_t* words),
+          philox_body<V>(key, first_group, counter_high, groups, words))
 
 /// `words` begin `offset` elements before from[0].
 DSV3_CLONES void round_with(const float* __restrict from, const uint32_t* words, int64_t offset,

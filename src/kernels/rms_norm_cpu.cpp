@@ -10,6 +10,8 @@
 namespace dsv3::kernels::cpu {
 namespace {
 
+/// Bytes that memory is asked for ahead of time, where a row is shorter.
+constexpr int64_t kAhead = 8192;
 /// Elements of a row that a thread keeps while it is normalised.
 constexpr int64_t kKeptRow = 8192;
 /// Elements of a row that are quantised at once: sixteen tiles.
@@ -90,10 +92,11 @@ DSV3_INLINE float inverse_rms(const T* x, int64_t size, float eps) {
 template <typename V, typename T>
 DSV3_INLINE void forward_body(const RmsNormForward& p, int64_t begin, int64_t end, bool streamed) {
   const int64_t D = p.hidden;
+  const int64_t ahead = std::max<int64_t>(1, kAhead / (D * static_cast<int64_t>(sizeof(T)) + 1));
   detail::Room<T, kKeptRow> kept;
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
-    const T* next = x + p.x_stride;  // asked for while this row is written
+    const T* next = x + ahead * p.x_stride;  // asked for while this row is written
     if (p.residual != nullptr) {
       T* sum = static_cast<T*>(p.sum) + t * D;
       // A streamed row is read again from here.

@@ -27,32 +27,57 @@ DSV3_INLINE void at_most(const typename V::Floats& x, float bound, typename V::F
   out = reinterpret_cast<typename V::Floats>(least);
 }
 
-/// 1 / (1 + e^-x), for what is rounded to BF16 after it: about 3e-7 off, zero below -87.
-template <typename V>
+/// 2^f for |f| ≤ 1/2, minimax: 7.5e-8 off where kFine, else 3e-6.
+template <typename V, bool kFine>
+DSV3_INLINE void power_of_two(const typename V::Floats& f, typename V::Floats& out) {
+  if constexpr (kFine) {
+    out = 0x1.5c08e6p-10f * f + 0x1.3d0c52p-7f;
+    out = out * f + 0x1.c6b6e4p-5f;
+    out = out * f + 0x1.ebf918p-3f;
+    out = out * f + 0x1.62e428p-1f;
+    out = out * f + 0x1.000002p+0f;
+  } else {
+    out = 0x1.3997d6p-7f * f + 0x1.ca1440p-5f;
+    out = out * f + 0x1.ec06dap-3f;
+    out = out * f + 0x1.62e0dcp-1f;
+    out = out * f + 0x1.ffffe8p-1f;
+  }
+}
+
+/// 1 / d for d ≥ 1, 7.6e-8 off where kFine, else 7e-6: from a line through its logarithm, 5% off,
+/// by the terms of 1 / (1 - error). A division takes longer than all else in a sigmoid.
+template <typename V, bool kFine>
+DSV3_INLINE void reciprocal(const typename V::Floats& d, typename V::Floats& out) {
+  using Floats = typename V::Floats;
+  using Ints = typename V::Ints;
+  const auto line = reinterpret_cast<Floats>(0x7ef31200u - reinterpret_cast<Ints>(d));
+  const Floats error = 1.0f - d * line;
+  if constexpr (kFine) {
+    const Floats three = line * (error * error + error) + line;
+    out = three * (1.0f - d * three) + three;  // a step of Newton's: 1 for d = 1
+  } else {
+    const Floats two = line * error + line;
+    out = two * (error * error) + two;
+  }
+}
+
+/// 1 / (1 + e^-x), zero below -87, for what is rounded to BF16 after it: about 3e-7 off where
+/// kFine, which sums in FP32 ask for, else 1e-5.
+template <typename V, bool kFine>
 DSV3_INLINE void sigmoid(const BFloat16*, const typename V::Floats& x, typename V::Floats& out) {
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
-  Floats top;
+  Floats top, power, inverse;
   at_most<V>(x, 87.0f, top);
   constexpr float kSlope = -1.44269504f;
   const Floats shifted = top * kSlope + 12582912.0f;  // an integer n in the low bits
-  const Floats f = top * kSlope - (shifted - 12582912.0f);
-  // 2^f for |f| ≤ 1/2, minimax: 7.5e-8 off.
-  Floats p = 0x1.5c08e6p-10f * f + 0x1.3d0c52p-7f;
-  p = p * f + 0x1.c6b6e4p-5f;
-  p = p * f + 0x1.ebf918p-3f;
-  p = p * f + 0x1.62e428p-1f;
-  p = p * f + 0x1.000002p+0f;
-  const Floats d = 1.0f + reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) +
-                                                   (reinterpret_cast<Ints>(shifted) << 23));
-  // The reciprocal: a line through its logarithm, 5% off, the first three terms of 1 / (1 - error)
-  // and a step of Newton's. A division would take longer than all of the above.
-  const auto line = reinterpret_cast<Floats>(0x7ef31200u - reinterpret_cast<Ints>(d));
-  const Floats error = 1.0f - d * line;
-  const Floats near = line * (error * error + error) + line;
-  const Floats exact = near * (1.0f - d * near) + near;
-  out = x < -87.0f ? Floats{} : exact;
+  power_of_two<V, kFine>(top * kSlope - (shifted - 12582912.0f), power);
+  const auto e = reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) +
+                                          (reinterpret_cast<Ints>(shifted) << 23));
+  reciprocal<V, kFine>(1.0f + e, inverse);
+  out = x < -87.0f ? Floats{} : inverse;
 }
+
 /// 1 + e^-x to about 1 ulp, infinity below x = -88 (where silu is under 1e-36): exp_fast without
 /// what the addition of 1 makes needless. NaN may become any number: x is multiplied in afterwards.
 template <typename V>
@@ -75,7 +100,7 @@ DSV3_INLINE void one_plus_exp(const typename V::Floats& x, typename V::Floats& o
   const Ints e = reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23);
   out = x < -88.0f ? Floats{} + __builtin_inff() : 1.0f + reinterpret_cast<Floats>(e);
 }
-template <typename V>
+template <typename V, bool kFine>
 DSV3_INLINE void sigmoid(const float*, const typename V::Floats& x, typename V::Floats& out) {
   typename V::Floats d;
   one_plus_exp<V>(x, d);
@@ -85,7 +110,7 @@ DSV3_INLINE void sigmoid(const float*, const typename V::Floats& x, typename V::
 template <typename V>
 DSV3_INLINE void silu(const BFloat16* type, const typename V::Floats& x, typename V::Floats& out) {
   typename V::Floats s;
-  sigmoid<V>(type, x, s);
+  sigmoid<V, false>(type, x, s);
   out = x * s;
 }
 template <typename V>
@@ -122,7 +147,7 @@ DSV3_INLINE void gradient(const T* type, float weight, const typename V::Floats&
                           typename V::Floats& share) {
   using Floats = typename V::Floats;
   Floats s;
-  sigmoid<V>(type, g, s);
+  sigmoid<V, true>(type, g, s);
   const Floats silu = g * s, d = dy * weight;
   dgate = d * u * (s + silu * (1.0f - s));
   dup = d * silu;

@@ -51,6 +51,7 @@ struct Wide {
   using Floats [[gnu::vector_size(kBytes)]] = float;
   using Ints [[gnu::vector_size(kBytes)]] = uint32_t;
   using Signed [[gnu::vector_size(kBytes)]] = int32_t;
+  using Longs [[gnu::vector_size(kBytes)]] = uint64_t;
   using Words [[gnu::vector_size(kBytes)]] = uint16_t;
   using Bytes [[gnu::vector_size(kBytes / 2)]] = uint8_t;
   using QuarterBytes [[gnu::vector_size(kBytes / 4)]] = uint8_t;
@@ -60,6 +61,23 @@ struct Wide {
 
 // Note: vectors go in and out by reference, because passing them by value would depend on the
 // machine's ABI.
+
+/// The products of the lower halves of 64-bit lanes.
+template <typename V>
+DSV3_INLINE void multiply_halves(const typename V::Longs& a, const typename V::Longs& b,
+                                 typename V::Longs& out) {
+#if defined(__SSE2__) && !defined(__clang__)
+  // Note: by hand, because GCC multiplies all 64 bits, in three instructions.
+  if constexpr (sizeof(a) == 16) {
+    out = a;
+    asm("pmuludq %1, %0" : "+x"(out) : "x"(b));
+  } else {
+    asm("vpmuludq %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  }
+#else
+  out = (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
 
 /// A vector of bytes from and to any address.
 template <typename Vector>
