@@ -119,14 +119,12 @@ DSV3_INLINE void write_dx(const BackwardRow<T>& row, const Weights<T>& weights, 
               detail::load_pair<V>(row.dy + at, count, g);
               detail::load_pair<V>(row.x + at, count, x);
               detail::load_pair<V>(weights.first + at, count, w);
-              if (streamed) {
-                detail::prefetch_pair<V>(row.dy + kTogether * size + at);
-                detail::prefetch_pair<V>(row.x + kTogether * x_stride + at);
-                if constexpr (kSecond) {
-                  detail::prefetch_pair<V>(row.second_dy + kTogether * size + at);
-                }
-                if constexpr (kSum) detail::prefetch_pair<V>(row.dsum + kTogether * size + at);
+              detail::prefetch_pair<V>(row.dy + kTogether * size + at);
+              detail::prefetch_pair<V>(row.x + kTogether * x_stride + at);
+              if constexpr (kSecond) {
+                detail::prefetch_pair<V>(row.second_dy + kTogether * size + at);
               }
+              if constexpr (kSum) detail::prefetch_pair<V>(row.dsum + kTogether * size + at);
               g.a *= w.a;
               g.b *= w.b;
               if constexpr (kSecond) {

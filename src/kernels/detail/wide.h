@@ -178,12 +178,15 @@ DSV3_INLINE void store_pair(T* x, int64_t count, const Pair<V>& v) {
 
 template <typename V>
 DSV3_INLINE float sum_of(const typename V::Floats& x) {
-  float v[V::kLanes];
-  for (int64_t i = 0; i < V::kLanes; ++i) v[i] = x[i];
-  for (int64_t half = V::kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  if constexpr (sizeof(x) == 16) {
+    return (x[0] + x[2]) + (x[1] + x[3]);
+  } else {
+    using Half = Wide<sizeof(x) / 2>;
+    typename Half::Floats low, high;
+    read(&x, low);
+    read(reinterpret_cast<const char*>(&x) + sizeof(low), high);
+    return sum_of<Half>(low + high);
   }
-  return v[0];
 }
 
 /// Sums pairs: four shares of every lane, joined after each 1024 elements, as exact as LibTorch's
