@@ -94,8 +94,54 @@ DSV3_ADAMW_BODY(adamw_fbb, float, BFloat16, BFloat16)
 DSV3_ADAMW_BODY(adamw_bff, BFloat16, float, float)
 DSV3_ADAMW_BODY(adamw_bfb, BFloat16, float, BFloat16)
 DSV3_ADAMW_BODY(adamw_bbf, BFloat16, BFloat16, float)
-DSV3_ADAMW_BODY(adamw_bbb, BFloat16, BFloat16, BFloat16)
 #undef DSV3_ADAMW_BODY
+
+/// Lane by lane; a compiler makes vector instructions of it.
+template <typename V>
+DSV3_INLINE void adamw_lanes(const AdamWFactors& f, float decay, float scale,
+                             const typename V::Floats& g, typename V::Floats& w,
+                             typename V::Floats& m, typename V::Floats& v) {
+  typename V::Floats new_w = {}, new_m = {}, new_v = {};
+  for (int64_t i = 0; i < V::kLanes; ++i) {
+    float weight = w[i], first = m[i], second = v[i];
+    kernels::detail::adamw_element<HostMath>(f, decay, g[i] * scale, weight, first, second);
+    new_w[i] = weight;
+    new_m[i] = first;
+    new_v[i] = second;
+  }
+  w = new_w;
+  m = new_m;
+  v = new_v;
+}
+
+/// All in BF16 without a master: taken apart and joined in pairs (kernels/detail/wide.h).
+template <typename V>
+DSV3_INLINE void adamw_in_pairs(const AdamWFactors& factors, float decay, float scale,
+                                const Block& at, int64_t size) {
+  const AdamWFactors f = factors;  // a copy that no store can alias
+  auto* const weights = static_cast<BFloat16*>(at.weights);
+  auto* const exp_avg = static_cast<BFloat16*>(at.exp_avg);
+  auto* const exp_avg_sq = static_cast<BFloat16*>(at.exp_avg_sq);
+  const auto* const gradients = static_cast<const BFloat16*>(at.gradients);
+  for_each_pair<V>(
+      size, [&](int64_t i, auto count) __attribute__((always_inline)) {
+        Pair<V> w, g, m, v;
+        load_pair<V>(weights + i, count, w);
+        load_pair<V>(gradients + i, count, g);
+        load_pair<V>(exp_avg + i, count, m);
+        load_pair<V>(exp_avg_sq + i, count, v);
+        adamw_lanes<V>(f, decay, scale, g.a, w.a, m.a, v.a);
+        adamw_lanes<V>(f, decay, scale, g.b, w.b, m.b, v.b);
+        store_pair<V>(weights + i, count, w);
+        store_pair<V>(exp_avg + i, count, m);
+        store_pair<V>(exp_avg_sq + i, count, v);
+      });
+}
+DSV3_WIDE(void adamw_bbb,
+          (const AdamWFactors& f, float decay, float scale, const Block& at, int64_t size),
+          at.master != nullptr
+              ? adamw_block<BFloat16, BFloat16, BFloat16>(f, decay, scale, at, size)
+              : adamw_in_pairs<V>(f, decay, usual_nan(scale), at, size))
 
 Body body_for(DType weight, DType gradient, DType moment) {
   constexpr Body kBodies[8] = {adamw_fff, adamw_ffb, adamw_fbf, adamw_fbb,

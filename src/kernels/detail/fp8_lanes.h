@@ -50,7 +50,9 @@ struct Tops<V, float> {
 };
 
 /// e4m3_scaled_code (kernels/detail/e4m3.h) of positive numbers in bits 0 … 6; the others mean
-/// nothing. The sum's own exponent completes the code, 160 too much.
+/// nothing. What is added to a number's exponent field e is that of a power of two 2^20 times as
+/// large; the sum's own exponent then completes the code: 24 + 8 · (e + 20) = 56 + 8 · e modulo
+/// 128.
 template <typename V>
 DSV3_INLINE void magnitude_codes(const typename V::Floats& scaled, typename V::Ints& codes) {
   using Ints = typename V::Ints;
@@ -74,7 +76,7 @@ DSV3_INLINE void encode_pair(const BFloat16* x, const Pair<V>& inverse, uint8_t*
   magnitude_codes<V>(v.a * inverse.a, a);
   magnitude_codes<V>(v.b * inverse.b, b);
   const Ints both = (a & 0xffffu) | (b << 16);
-  const Words sign = words >> 8;  // in bit 7; what is above is cut off
+  const Words sign = words >> 8;  // in bit 7, the number's exponent below it
   const Words code = sign ^ ((sign ^ reinterpret_cast<Words>(both)) & uint16_t{0x7f});
   write(codes, __builtin_convertvector(code, typename V::Bytes));
 }
@@ -135,19 +137,19 @@ DSV3_INLINE void fold(const Ints4 (&tops)[kAtOnce], Ints4& out) {
 inline constexpr int64_t kSide = 16;
 /// Blocks that are transposed side by side.
 inline constexpr int64_t kBlocks = 2;
-using Bytes [[gnu::vector_size(kBlocks * kSide)]] = uint8_t;
+using StripBytes [[gnu::vector_size(kBlocks * kSide)]] = uint8_t;
 
 /// Two 16×16 blocks of bytes, side by side in `from`, transposed one below the other: four times,
 /// every row is interleaved with the one 8 further on.
 DSV3_INLINE void transpose_bytes(const uint8_t (*from)[kBlocks * kSide], uint8_t* to,
                                  int64_t stride) {
-  Bytes rows[kSide], next[kSide];
-  for (int64_t i = 0; i < kSide; ++i) std::memcpy(&rows[i], from[i], sizeof(Bytes));
+  StripBytes rows[kSide], next[kSide];
+  for (int64_t i = 0; i < kSide; ++i) std::memcpy(&rows[i], from[i], sizeof(StripBytes));
 #pragma GCC unroll 4
   for (int step = 0; step < 4; ++step) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kSide / 2; ++i) {
-      const Bytes a = rows[i], b = rows[i + kSide / 2];
+      const StripBytes a = rows[i], b = rows[i + kSide / 2];
       next[2 * i] =
           __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 16,
                                   48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55);

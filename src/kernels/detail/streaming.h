@@ -21,8 +21,9 @@ inline constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
 /// Elements of a row that are made in the first cache level before they leave; a multiple of 128.
 inline constexpr int64_t kStaged = 512;
 
-/// A register to an address that is a multiple of its size, past the caches. Pieces of less than a
-/// line would cost a quarter of the memory's speed where their lines are far apart.
+/// A register to an address that is a multiple of its size, past the caches. Note: the widest
+/// registers are whole lines; smaller pieces cost a quarter of the memory's speed where lines are
+/// far apart.
 template <typename V>
 DSV3_INLINE void stream_register(void* to, const void* from) {
   using Vector = typename V::Ints;

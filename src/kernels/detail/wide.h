@@ -2,9 +2,9 @@
 
 // Vectors as wide as the machine's registers, and pairs of them: a pair holds as many elements of a
 // row as a register holds of BF16, as two registers of FP32. Of BF16 `a` takes the even and `b` the
-// odd ones, so that shifts and masks take a register apart and join it again; widening and
-// narrowing in order would cost shuffles, of which a processor does fewer at once. Whoever works on
-// pairs must treat all of their elements alike.
+// odd ones (of a little-endian machine), so that shifts and masks take a register apart and join it
+// again; widening and narrowing in order would cost shuffles, of which a processor does fewer at
+// once. Whoever works on pairs must treat all of their elements alike.
 
 #include <cstdint>
 #include <type_traits>
@@ -22,6 +22,8 @@
   }
 #else
 #if defined(__clang__)
+// Note: clang takes versions for unused that are called through the choice between them.
+#pragma clang diagnostic ignored "-Wunused-function"
 #define DSV3_AVX512 "arch=skylake-avx512"
 #define DSV3_AVX2 "arch=haswell"
 #else
@@ -44,6 +46,8 @@
 #endif
 
 namespace dsv3::kernels::cpu::detail {
+
+static_assert(std::endian::native == std::endian::little);
 
 /// The vectors of a machine with registers of so many bytes.
 template <int64_t kBytes>
@@ -96,7 +100,7 @@ struct Pair {
 
 /// Which of a pair's elements stands in lane i of a and b together.
 template <typename V, typename T>
-constexpr int64_t place_in_pair(int64_t i) {
+DSV3_INLINE constexpr int64_t place_in_pair(int64_t i) {
   if constexpr (std::is_same_v<T, float>) return i;
   return i < V::kLanes ? 2 * i : 2 * (i - V::kLanes) + 1;
 }
