@@ -1,5 +1,5 @@
-// FP8 tiles on the host: threads over 128×128 tiles, each read once into FP32 in the second cache
-// level and written in the forms that are wanted.
+// FP8 tiles on the host: threads over 128×128 tiles, each read once into the second cache level
+// and written in the forms that are wanted.
 #include "kernels/quantize.h"
 
 #include "kernels/detail/e4m3.h"
@@ -77,13 +77,11 @@ DSV3_INLINE void tiles_body(const QuantizeTiles& p, int64_t begin, int64_t end, 
       }
       for (int64_t c = filled; c < kFp8Tile; ++c) tile[r][c] = {};
     }
-    detail::Fp8Place at{
-        .row0 = down * kFp8Tile,
-        .column0 = column,
-        .width = p.width,
-        .streamed = streamed,
-        .next = detail::NextRows::of(static_cast<const T*>(p.x) + source * p.x_stride, p.x_stride,
-                                     column / kFp8Tile, across)};
+    detail::Fp8Place at{down * kFp8Tile, column, p.width, streamed};
+    if (valid > 0) {
+      at.next = detail::NextRows::of(static_cast<const T*>(p.x) + source * p.x_stride, p.x_stride,
+                                     column / kFp8Tile, across);
+    }
     if (p.rows.data != nullptr) {
       detail::emit_rows(tile, p.rows, p.rule, at, grouped ? kFp8Tile : valid);
       at.next = {};

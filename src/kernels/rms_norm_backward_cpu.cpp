@@ -265,8 +265,11 @@ void rms_norm_backward(const RmsNormBackward& p) {
   const bool weights = p.dweight != nullptr || p.second_dweight != nullptr;
   detail::dispatch_float("rms_norm_backward", p.dtype, [&](auto* type) {
     if (!weights) {
-      detail::parallel_rows(p.num_tokens, 4 * row_bytes, [&](int64_t begin, int64_t end) {
-        backward_rows(p, type, begin, end, streamed, {});
+      // Cut so that the same tokens are taken together whatever the number of threads.
+      const int64_t groups = (p.num_tokens + kTogether - 1) / kTogether;
+      detail::parallel_rows(groups, kTogether * 4 * row_bytes, [&](int64_t begin, int64_t end) {
+        backward_rows(p, type, begin * kTogether, std::min(end * kTogether, p.num_tokens), streamed,
+                      {});
       });
       return;
     }

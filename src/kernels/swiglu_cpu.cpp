@@ -1,6 +1,6 @@
 // SwiGLU on the host: threads over rows (128×128 tiles where FP8 is wanted), a vector exponential
-// inside. Large results are written past the caches. Both ways have the same
-// bits, because they share the functions of one number.
+// inside. Large results are written past the caches. With and without FP8 forms the same functions
+// of a pair make the same bits.
 #include "kernels/detail/cpu.h"
 #include "kernels/detail/fp8_cpu.h"
 #include "kernels/detail/streaming.h"
@@ -61,8 +61,8 @@ DSV3_INLINE void reciprocal(const typename V::Floats& d, typename V::Floats& out
   }
 }
 
-/// 1 / (1 + e^-x), zero below -87, for what is rounded to BF16 after it: about 3e-7 off where
-/// kFine, which sums in FP32 ask for, else 1e-5.
+/// 1 / (1 + e^-x), zero below -87, for what is rounded to BF16 after it: 3e-7 off where kFine,
+/// which sums in FP32 ask for, else 1e-5. Far below 0, where it is small itself, up to 4e-6 of it.
 template <typename V, bool kFine>
 DSV3_INLINE void sigmoid(const BFloat16*, const typename V::Floats& x, typename V::Floats& out) {
   using Floats = typename V::Floats;
@@ -232,7 +232,8 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
   detail::stream_fence();
 }
 
-/// The forms that are wanted of a tile of a matrix of `num_rows` rows; asks for `next` meanwhile.
+/// The forms that are wanted of a tile of a matrix of `num_rows` rows; asks for next[0] with the
+/// rows and for next[1] with the columns.
 template <typename T>
 DSV3_INLINE void emit(Fp8TileRow<T>* tile, const Fp8Rows& rows, const Fp8Columns& columns,
                       const ScaleRule& rule, detail::Fp8Place at, int64_t num_rows,
