@@ -114,15 +114,18 @@ DSV3_INLINE void adamw_lanes(const AdamWFactors& f, float decay, float scale,
   v = new_v;
 }
 
-/// All in BF16 without a master: taken apart and joined in pairs (kernels/detail/wide.h).
-template <typename V>
+/// All in BF16 without a master: taken apart and joined in pairs (kernels/detail/wide.h). Where
+/// kMoved, adds Σ (after - before)² and Σ before² of the weights to moved[0] and moved[1], `after`
+/// as it is before it is rounded.
+template <typename V, bool kMoved>
 DSV3_INLINE void adamw_in_pairs(const AdamWFactors& factors, float decay, float scale,
-                                const Block& at, int64_t size) {
+                                const Block& at, int64_t size, double* moved) {
   const AdamWFactors f = factors;  // a copy that no store can alias
   auto* const weights = static_cast<BFloat16*>(at.weights);
   auto* const exp_avg = static_cast<BFloat16*>(at.exp_avg);
   auto* const exp_avg_sq = static_cast<BFloat16*>(at.exp_avg_sq);
   const auto* const gradients = static_cast<const BFloat16*>(at.gradients);
+  Pair<V> update = {}, weight = {};
   for_each_pair<V>(
       size, [&](int64_t i, auto count) __attribute__((always_inline)) {
         Pair<V> w, g, m, v;
@@ -130,18 +133,43 @@ DSV3_INLINE void adamw_in_pairs(const AdamWFactors& factors, float decay, float 
         load_pair<V>(gradients + i, count, g);
         load_pair<V>(exp_avg + i, count, m);
         load_pair<V>(exp_avg_sq + i, count, v);
+        const Pair<V> before = w;
         adamw_lanes<V>(f, decay, scale, g.a, w.a, m.a, v.a);
         adamw_lanes<V>(f, decay, scale, g.b, w.b, m.b, v.b);
         store_pair<V>(weights + i, count, w);
         store_pair<V>(exp_avg + i, count, m);
         store_pair<V>(exp_avg_sq + i, count, v);
+        if constexpr (kMoved) {
+          weight.a += before.a * before.a;
+          weight.b += before.b * before.b;
+          Pair<V> step;
+          step.a = w.a - before.a;
+          step.b = w.b - before.b;
+          if constexpr (!std::is_same_v<decltype(count), WholePair<V>>) {
+            // Elements that do not exist are zeros, which eps = 0 makes NaN.
+            for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+              if (place_in_pair<V, BFloat16>(lane) >= count) step.a[lane] = 0.0f;
+              if (place_in_pair<V, BFloat16>(V::kLanes + lane) >= count) step.b[lane] = 0.0f;
+            }
+          }
+          update.a += step.a * step.a;
+          update.b += step.b * step.b;
+        }
       });
+  if constexpr (kMoved) {
+    moved[0] += sum_of<V>(update.a) + sum_of<V>(update.b);
+    moved[1] += sum_of<V>(weight.a) + sum_of<V>(weight.b);
+  }
 }
 DSV3_WIDE(void adamw_bbb,
           (const AdamWFactors& f, float decay, float scale, const Block& at, int64_t size),
           at.master != nullptr
               ? adamw_block<BFloat16, BFloat16, BFloat16>(f, decay, scale, at, size)
-              : adamw_in_pairs<V>(f, decay, usual_nan(scale), at, size))
+              : adamw_in_pairs<V, false>(f, decay, usual_nan(scale), at, size, nullptr))
+DSV3_WIDE(void adamw_bbb_moved,
+          (const AdamWFactors& f, float decay, float scale, const Block& at, int64_t size,
+           double* moved),
+          adamw_in_pairs<V, true>(f, decay, usual_nan(scale), at, size, moved))
 
 Body body_for(DType weight, DType gradient, DType moment) {
   constexpr Body kBodies[8] = {adamw_fff, adamw_ffb, adamw_fbf, adamw_fbb,
@@ -314,7 +342,13 @@ class Range {
     const int64_t size = end - begin;
     // Only the FP32 copies hold BF16 weights before their rounding.
     const bool rounded = moved != nullptr && bf16_weights() && p_.master == nullptr;
-    if (rounded || random_weights_ || random_moments_) {
+    const bool random = random_weights_ || random_moments_;
+    if (rounded && !random && p_.gradient_dtype == DType::kBF16 &&
+        p_.moment_dtype == DType::kBF16) {
+      adamw_bbb_moved(factors_, decay, scale_, block(begin), size, moved);
+      return;
+    }
+    if (rounded || random) {
       update_in_copies(begin, size, decay, moved);
       return;
     }
