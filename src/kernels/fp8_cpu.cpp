@@ -129,13 +129,12 @@ DSV3_INLINE float block_body(const T* x, int64_t stride, int64_t rows, int64_t c
   }
   Pair<V> pair;
   tops.get(pair);
-  float amax = 0.0f;
   Ints4 top;
   fold<V>(pair, top);
-  for (int64_t i = 0; i < kAtOnce; ++i)
-    amax = std::max(amax, std::bit_cast<float>(uint32_t{top[i]}));
-  bool finite = true;
-  for (int64_t i = 0; i < kAtOnce; ++i) finite = finite && top[i] < 0x7f800000u;
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kAtOnce; ++i) bits = std::max(bits, uint32_t{top[i]});
+  auto amax = std::bit_cast<float>(bits);
+  const bool finite = amax < __builtin_inff();
   if (!finite) {
     amax = 0.0f;
     for (int64_t r = 0; r < rows; ++r) amax = std::max(amax, amax_of(x + r * stride, columns, 1));
@@ -192,8 +191,8 @@ DSV3_INLINE bool encode_strip(const Fp8TileRow<T>* tile, int64_t column, const S
     load_pair<V>(inverses, WholePair<V>{}, inverse);
     for (int64_t i = 0; i < V::kPair; ++i) scales[c + place_in_pair<V, T>(i)] = scale[i];
     for (int64_t r = 0; r < kFp8Tile; ++r) {
-      constexpr int64_t kStrips = kFp8Tile / V::kPair;
-      if (r % kStrips == 0) next.ask(((column + c) * kFp8Tile / V::kPair + r) / kStrips);
+      constexpr int64_t kPairs = kFp8Tile / V::kPair;  // across a tile
+      if (r % kPairs == 0) next.ask(((column + c) / V::kPair * kFp8Tile + r) / kPairs);
       encode_pair<V>(tile[r] + column + c, inverse, codes[r] + c);
     }
   }
@@ -231,78 +230,46 @@ DSV3_INLINE void columns_body(const Fp8TileRow<T>* tile, const Fp8Columns& out,
   }
 }
 
-DSV3_WIDE(void encode_tiles_of,
-          (const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes, float* scales,
-           int64_t scale_stride),
-          row_tiles_body<V>(x, size, rule, codes, scales, scale_stride))
-DSV3_WIDE(void encode_tiles_of,
-          (const BFloat16* x, int64_t size, const ScaleRule& rule, uint8_t* codes, float* scales,
-           int64_t scale_stride),
-          row_tiles_body<V>(x, size, rule, codes, scales, scale_stride))
-
-DSV3_WIDE(float encode_block_of,
-          (const float* x, int64_t stride, int64_t rows, int64_t columns, const ScaleRule& rule,
-           uint8_t* codes, int64_t width),
-          return block_body<V>(x, stride, rows, columns, rule, codes, width))
-DSV3_WIDE(float encode_block_of,
-          (const BFloat16* x, int64_t stride, int64_t rows, int64_t columns, const ScaleRule& rule,
-           uint8_t* codes, int64_t width),
-          return block_body<V>(x, stride, rows, columns, rule, codes, width))
-
-DSV3_WIDE(void emit_rows_of,
-          (const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
-           const Fp8Place& at, int64_t rows),
-          rows_body<V>(tile, out, rule, at, rows))
-DSV3_WIDE(void emit_rows_of,
-          (const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out, const ScaleRule& rule,
-           const Fp8Place& at, int64_t rows),
-          rows_body<V>(tile, out, rule, at, rows))
-
-DSV3_WIDE(void emit_columns_of,
-          (const Fp8TileRow<float>* tile, const Fp8Columns& out, const ScaleRule& rule,
-           const Fp8Place& at, int64_t padded),
-          columns_body<V>(tile, out, rule, at, padded))
-DSV3_WIDE(void emit_columns_of,
-          (const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out, const ScaleRule& rule,
-           const Fp8Place& at, int64_t padded),
-          columns_body<V>(tile, out, rule, at, padded))
-
 }  // namespace
 
-void encode_row_tiles(const float* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
-                      float* scales, int64_t scale_stride) {
-  encode_tiles_of(x, size, rule, codes, scales, scale_stride);
-}
-void encode_row_tiles(const BFloat16* x, int64_t size, const ScaleRule& rule, uint8_t* codes,
-                      float* scales, int64_t scale_stride) {
-  encode_tiles_of(x, size, rule, codes, scales, scale_stride);
-}
-
-float encode_block(const float* x, int64_t stride, int64_t rows, int64_t columns,
-                   const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  return encode_block_of(x, stride, rows, columns, rule, codes, width);
-}
-float encode_block(const BFloat16* x, int64_t stride, int64_t rows, int64_t columns,
-                   const ScaleRule& rule, uint8_t* codes, int64_t width) {
-  return encode_block_of(x, stride, rows, columns, rule, codes, width);
-}
-
-void emit_rows(const Fp8TileRow<float>* tile, const Fp8Rows& out, const ScaleRule& rule,
-               const Fp8Place& at, int64_t rows) {
-  emit_rows_of(tile, out, rule, at, rows);
-}
-void emit_rows(const Fp8TileRow<BFloat16>* tile, const Fp8Rows& out, const ScaleRule& rule,
-               const Fp8Place& at, int64_t rows) {
-  emit_rows_of(tile, out, rule, at, rows);
-}
-
-void emit_columns(const Fp8TileRow<float>* tile, const Fp8Columns& out, const ScaleRule& rule,
-                  const Fp8Place& at, int64_t padded) {
-  emit_columns_of(tile, out, rule, at, padded);
-}
-void emit_columns(const Fp8TileRow<BFloat16>* tile, const Fp8Columns& out, const ScaleRule& rule,
-                  const Fp8Place& at, int64_t padded) {
-  emit_columns_of(tile, out, rule, at, padded);
-}
+// The four functions of the header for T. Note: each is chosen by width within this source only.
+#define DSV3_FP8_FUNCTIONS(T)                                                                  \
+  namespace {                                                                                  \
+  DSV3_WIDE(void encode_row_tiles_of,                                                          \
+            (const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes, float* scales,   \
+             int64_t scale_stride),                                                            \
+            row_tiles_body<V>(x, size, rule, codes, scales, scale_stride))                     \
+  DSV3_WIDE(float encode_block_of,                                                             \
+            (const T* x, int64_t stride, int64_t rows, int64_t columns, const ScaleRule& rule, \
+             uint8_t* codes, int64_t width),                                                   \
+            return block_body<V>(x, stride, rows, columns, rule, codes, width))                \
+  DSV3_WIDE(void emit_rows_of,                                                                 \
+            (const Fp8TileRow<T>* tile, const Fp8Rows& out, const ScaleRule& rule,             \
+             const Fp8Place& at, int64_t rows),                                                \
+            rows_body<V>(tile, out, rule, at, rows))                                           \
+  DSV3_WIDE(void emit_columns_of,                                                              \
+            (const Fp8TileRow<T>* tile, const Fp8Columns& out, const ScaleRule& rule,          \
+             const Fp8Place& at, int64_t padded),                                              \
+            columns_body<V>(tile, out, rule, at, padded))                                      \
+  }                                                                                            \
+  void encode_row_tiles(const T* x, int64_t size, const ScaleRule& rule, uint8_t* codes,       \
+                        float* scales, int64_t scale_stride) {                                 \
+    encode_row_tiles_of(x, size, rule, codes, scales, scale_stride);                           \
+  }                                                                                            \
+  float encode_block(const T* x, int64_t stride, int64_t rows, int64_t columns,                \
+                     const ScaleRule& rule, uint8_t* codes, int64_t width) {                   \
+    return encode_block_of(x, stride, rows, columns, rule, codes, width);                      \
+  }                                                                                            \
+  void emit_rows(const Fp8TileRow<T>* tile, const Fp8Rows& out, const ScaleRule& rule,         \
+                 const Fp8Place& at, int64_t rows) {                                           \
+    emit_rows_of(tile, out, rule, at, rows);                                                   \
+  }                                                                                            \
+  void emit_columns(const Fp8TileRow<T>* tile, const Fp8Columns& out, const ScaleRule& rule,   \
+                    const Fp8Place& at, int64_t padded) {                                      \
+    emit_columns_of(tile, out, rule, at, padded);                                              \
+  }
+DSV3_FP8_FUNCTIONS(float)
+DSV3_FP8_FUNCTIONS(BFloat16)
+#undef DSV3_FP8_FUNCTIONS
 
 }  // namespace dsv3::kernels::cpu::detail

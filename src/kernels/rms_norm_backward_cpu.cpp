@@ -25,6 +25,7 @@ constexpr int64_t kHostRowsPerPartial = 64;
 constexpr int64_t kHostMaxPartials = 64;
 /// Rows whose shares are summed before they join their block's: sums of few terms round less.
 constexpr int64_t kRowsPerShare = 16;
+
 /// A token's rows in backward.
 template <typename T>
 struct BackwardRow {

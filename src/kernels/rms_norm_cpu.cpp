@@ -127,6 +127,7 @@ DSV3_WIDE(void forward_rows,
 DSV3_WIDE(void forward_rows,
           (const RmsNormForward& p, const BFloat16*, int64_t begin, int64_t end, bool streamed),
           forward_body<V, BFloat16>(p, begin, end, streamed))
+
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& p) {

@@ -217,13 +217,22 @@ DSV3_INLINE void backward_body(const SwigluBackward& p, int64_t begin, int64_t e
       const int64_t dy_ahead = last ? I - first : detail::kStaged;
       const GradientRow<T> row{gate + first, gate + I + first, dy + first,
                                weight_of(p.row_weight, t)};
-      share += detail::PairSum<V>::of(
-          size, [&](int64_t i, auto count, detail::Pair<V>& part) __attribute__((always_inline)) {
-            detail::prefetch_pair<V>(row.gate + i + ahead);
-            detail::prefetch_pair<V>(row.up + i + ahead);
-            detail::prefetch_pair<V>(row.dy + i + dy_ahead);
-            backward_pair<V>(row, i, count, halves[0].data() + i, halves[1].data() + i, part);
-          });
+      const auto pair = [&](int64_t i, auto count, detail::Pair<V>& part)
+          __attribute__((always_inline)) {
+        detail::prefetch_pair<V>(row.gate + i + ahead);
+        detail::prefetch_pair<V>(row.up + i + ahead);
+        detail::prefetch_pair<V>(row.dy + i + dy_ahead);
+        backward_pair<V>(row, i, count, halves[0].data() + i, halves[1].data() + i, part);
+      };
+      if (p.drow_weight != nullptr) {
+        share += detail::PairSum<V>::of(size, pair);
+      } else {
+        detail::for_each_pair<V>(
+            size, [&](int64_t i, auto count) __attribute__((always_inline)) {
+              detail::Pair<V> unwanted;
+              pair(i, count, unwanted);
+            });
+      }
       put_row<V>(halves[0].data(), size, streamed, dgate + first);
       put_row<V>(halves[1].data(), size, streamed, dgate + I + first);
     }

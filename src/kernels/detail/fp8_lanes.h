@@ -100,7 +100,6 @@ DSV3_INLINE void encode_pair(const float* x, const Pair<V>& inverse, uint8_t* co
 }
 
 using Ints4 [[gnu::vector_size(16)]] = uint32_t;
-using Floats4 [[gnu::vector_size(16)]] = float;
 /// Rows whose scales are divided side by side, which hides how long a division takes.
 inline constexpr int64_t kAtOnce = 4;
 
